@@ -1,0 +1,1 @@
+"""What happens around a training step: schedule, checkpoints, validation, throughput."""

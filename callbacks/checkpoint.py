@@ -1,0 +1,82 @@
+"""Checkpoints that are complete or invisible: written under another name, made visible by one rename."""
+
+import shutil
+import time
+from pathlib import Path
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
+
+from components.errors import RecipeError
+from components.run_folder import RECIPE, STATE, checkpoint_folder, complete_checkpoints
+
+
+class Checkpoint(LightningCheckpoint):
+    """A training run in, folders `checkpoints/step_N` out: weights, optimizer, position and recipe, at the end of the run and on the way.
+
+    Args:
+        every_n_steps: Optimizer steps between checkpoints, >= 1, or null.
+        every_n_minutes: Minutes between checkpoints, > 0, or null.
+        keep: Newest checkpoints that are kept, >= 1; older ones are deleted.
+
+    Raises:
+        RecipeError: A value out of range.
+    """
+
+    def __init__(self, every_n_steps: int | None = None, every_n_minutes: float | None = None, keep: int = 2) -> None:
+        if (every_n_steps or 1) < 1 or (every_n_minutes or 1) <= 0 or keep < 1:
+            raise RecipeError(
+                f"checkpoint: every_n_steps = {every_n_steps} and keep = {keep} must be at least 1, every_n_minutes = "
+                f"{every_n_minutes} above 0, or null."
+            )
+        self.every_n_steps = every_n_steps
+        self.every_n_minutes = every_n_minutes
+        self.keep = keep
+        self.last_step = -1
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The step that the run continues from is on disk already; minutes count from now."""
+        self.last_step = trainer.global_step
+        self.last_time = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        """Save when it is due, and only between optimizer steps."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and self._due(trainer):
+            self.save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The end of the run is always saved."""
+        self.save(trainer)
+
+    def save(self, trainer: Trainer) -> None:
+        """Write the checkpoint of the step that the trainer has reached, unless it exists."""
+        self.last_time = time.monotonic()
+        if trainer.global_step == self.last_step:
+            return
+        self.last_step = trainer.global_step
+        run = Path(trainer.log_dir)
+        final = checkpoint_folder(run, trainer.global_step)
+        unfinished = final.with_name(f"{final.name}.unfinished")
+        if trainer.is_global_zero:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+        trainer.strategy.barrier("checkpoint begins")
+        trainer.save_checkpoint(unfinished / STATE, weights_only=False)
+        trainer.strategy.barrier("checkpoint written")
+        if trainer.is_global_zero:
+            shutil.copy(run / RECIPE, unfinished / RECIPE)
+            unfinished.rename(final)
+            for old in complete_checkpoints(run)[: -self.keep]:
+                doomed = old.rename(old.with_name(f"{old.name}.deleted"))  # never half a checkpoint under a good name
+                shutil.rmtree(doomed)
+        trainer.strategy.barrier("checkpoint visible")
+
+    def _due(self, trainer: Trainer) -> bool:
+        if self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0:
+            return True
+        if self.every_n_minutes is None:
+            return False
+        elapsed = time.monotonic() - self.last_time >= self.every_n_minutes * 60
+        return trainer.strategy.broadcast(elapsed) if trainer.world_size > 1 else elapsed

@@ -1,0 +1,36 @@
+"""The first lines of a run: what trains at which rate, in which dtypes, and where the run lives."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from components.sharding import HybridSharding
+
+say = rank_zero_only(print)
+
+
+class Overview(Callback):
+    """A run in, its first lines on the console out."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print parts, dtypes and folder."""
+        rates = asdict(pl_module.learning_rates)
+        say(f"{'part':14}{'parameters':>16}  peak learning rate")
+        for name, part in pl_module.parts.items():
+            count = sum(p.numel() for p in part.parameters())
+            say(f"{name:14}{count:>16,}  {'frozen' if rates[name] is None else rates[name]}")
+        storage = str(next(pl_module.parameters()).dtype).removeprefix("torch.")
+        strategy = trainer.strategy
+        if isinstance(strategy, HybridSharding):
+            compute, reduce = (str(d).removeprefix("torch.") for d in (strategy.policy.param_dtype, strategy.policy.reduce_dtype))
+        else:
+            compute = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}.get(str(trainer.precision), storage)
+            reduce = storage
+        say(f"compute {compute}, storage {storage}, reduce {reduce}; {trainer.world_size} ranks on {pl_module.device.type}")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say where the run stands."""
+        where = f"continues at step {trainer.global_step:,}" if trainer.global_step else "starts"
+        say(f"run {Path(trainer.log_dir or '.')} {where} of {trainer.max_steps:,}")

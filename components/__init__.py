@@ -1,0 +1,1 @@
+"""The parts of a vision-language model, its data and its benchmarks."""

@@ -1,0 +1,71 @@
+"""`python main.py ask`: a question about a picture to a trained model, answered on the console."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from components.checkpoint_files import load_weights
+from components.conversation import Turn
+from components.data import InstructionData, Preparation, Sample
+from components.errors import RecipeError
+from components.run_folder import RECIPE, find_checkpoint
+from components.vlm import VisionLanguageModel
+
+
+def load(checkpoint: Path) -> tuple[VisionLanguageModel, Preparation]:
+    """A trained model, ready to answer, and how its samples are prepared.
+
+    Args:
+        checkpoint: A checkpoint folder; the recipe inside it says how to build the model.
+
+    Raises:
+        RecipeError: The weights do not fit the recipe.
+    """
+    recipe = yaml.safe_load((checkpoint / RECIPE).read_text())
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(VisionLanguageModel, "model")
+    parser.add_class_arguments(InstructionData, "data")
+    parts: Any = parser.instantiate(parser.parse_object({"model": recipe["model"], "data": recipe["data"]}))
+    model: VisionLanguageModel = parts.model
+    model.build()
+    load_weights(model, checkpoint, "--ckpt")
+    return model.eval(), parts.data.preparation
+
+
+def ask(
+    ckpt: str,
+    question: str,
+    image: list[str] | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+) -> str:
+    """Ask a trained model a question.
+
+    Args:
+        ckpt: A run folder (its newest complete checkpoint answers) or a checkpoint folder.
+        question: The question. Pictures come before it, unless it says `<image>` where they belong.
+        image: Picture files, in the order of their places; none for a question without a picture.
+        max_new_tokens: Longest answer in tokens, >= 1.
+        temperature: 0 for the most likely answer, above 0 to sample.
+        top_p: Share of the probability mass that is sampled from, in (0, 1].
+    """
+    files = [Path(name) for name in image or []]
+    if missing := [str(file) for file in files if not file.is_file()]:
+        raise RecipeError(f"--image: {', '.join(missing)} does not exist.")
+    checkpoint = find_checkpoint(ckpt, "--ckpt")
+    model, preparation = load(checkpoint)
+    text = question if "<image>" in question else "<image>\n" * len(files) + question
+    sample = Sample("question", [Turn("user", text)], [file.read_bytes() for file in files])
+    prompt = preparation.prompt(sample, model.tokenizer, model.sample_format())
+    return model.generate([prompt], max_new_tokens, temperature, top_p)[0]
+
+
+def main(arguments: list[str]) -> int:
+    """Parse the options of `ask` and print the answer."""
+    parser = ArgumentParser(prog="python main.py ask", description="Ask a trained model about a picture.", exit_on_error=False)
+    parser.add_function_arguments(ask)
+    print(ask(**parser.parse_args(arguments).as_dict()))
+    return 0

@@ -1,0 +1,145 @@
+"""The commands that train and validate: LightningCLI with run folders, callbacks as sections, and short errors."""
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import Namespace
+from lightning import Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from callbacks.checkpoint import Checkpoint
+from callbacks.overview import Overview
+from callbacks.progress import Progress
+from callbacks.throughput import Throughput
+from callbacks.validation import Validation
+from callbacks.warmup import Warmup
+from components.data import InstructionData
+from components.errors import RecipeError
+from components.run_folder import RECIPE, RUNS, STATE, changes, complete_checkpoints, find_checkpoint, run_name
+from components.vlm import VisionLanguageModel
+
+SECTIONS = {"warmup": Warmup, "checkpoint": Checkpoint, "validation": Validation, "throughput": Throughput}
+"""Callbacks that are top-level sections of a recipe, so that an overlay merges them key by key."""
+
+
+class RecipeCLI(LightningCLI):
+    """A recipe in, a run in its own folder out."""
+
+    def __init__(self, args: ArgsType = None, run: bool = True) -> None:
+        for chatter in ("lightning.pytorch", "lightning.fabric"):
+            logging.getLogger(chatter).setLevel(logging.WARNING)
+        # lightning 2.6 calls what torch 2.15 has deprecated
+        warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)", category=FutureWarning)
+        strict = {"exit_on_error": False}
+        super().__init__(
+            VisionLanguageModel,
+            InstructionData,
+            args=args,
+            run=run,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            save_config_kwargs={"config_filename": RECIPE, "overwrite": True},
+            trainer_defaults={"callbacks": [Overview(), Progress()], "enable_model_summary": False},
+            parser_kwargs=strict | {command: dict(strict) for command in self.subcommands()},
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The Trainer's methods that are commands, with the arguments that this class gives."""
+        return {
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"},
+            "validate": {"model", "dataloaders", "datamodule", "weights_only", "verbose"},
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The sections of a recipe besides trainer, model and data."""
+        for name, callback in SECTIONS.items():
+            parser.add_lightning_class_args(callback, name)
+        parser.add_argument(
+            "--run", type=str | None, default=None, help="Name of the run folder inside runs/; by default the recipe's and overlays' names."
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, then refuse unknown sections, which jsonargparse lets pass when they are empty."""
+        self.config = parser.parse_object(args) if isinstance(args, dict | Namespace) else parser.parse_args(args)
+        config = self._get(self.config, "config") if self.config.get("subcommand") else self.config.get("config")
+        known = {"config", "seed_everything", "trainer", "model", "data", "run", "ckpt_path", *SECTIONS}
+        for path in config or []:
+            sections = yaml.safe_load(Path(str(path)).read_text()) or {}
+            for unknown in set(sections) - known:
+                raise RecipeError(f"{path}: section '{unknown}' is not accepted. Sections of a recipe: {', '.join(sorted(known))}.")
+
+    def _get(self, config: Namespace, key: str, default: Any = None) -> Any:
+        subcommand = self.config.get("subcommand")
+        return (config[subcommand] if subcommand else config).get(key, default)
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would replace the recipe's model by the checkpoint's; here the recipe decides."""
+
+    def before_instantiate_classes(self) -> None:
+        """Name the run folder, and continue from its newest complete checkpoint if it has one."""
+        if self.subcommand is None:
+            return
+        recipes = [str(path) for path in self._get(self.config, "config") or []]
+        name = self._get(self.config, "run") or run_name(recipes)
+        if not name:
+            raise RecipeError("No recipe given. Example: python main.py fit --config recipes/quickstart.yaml")
+        self.folder = RUNS / name
+        self.step = 0
+        if self.subcommand == "validate":
+            path = self._get(self.config, "ckpt_path") or str(self.folder)
+            self.checkpoint: Path | None = find_checkpoint(path, "--ckpt_path")
+        else:
+            if self._get(self.config, "ckpt_path"):
+                raise RecipeError("fit continues its own run by itself; to start from other weights give model.initial_weights.")
+            found = complete_checkpoints(self.folder)
+            self.checkpoint = found[-1] if found else None
+        if self.checkpoint is not None and self.subcommand == "fit":
+            self._refuse_changed_recipe(self.checkpoint)
+        if self.checkpoint is not None:
+            self.step = int(self.checkpoint.name.removeprefix("step_"))
+        self.config[self.subcommand].ckpt_path = str(self.checkpoint / STATE) if self.checkpoint else None
+
+    def _refuse_changed_recipe(self, checkpoint: Path) -> None:
+        self._dump_config()
+        if changed := changes(yaml.safe_load((checkpoint / RECIPE).read_text()), self.config_dump):
+            lines = changed[:8] + ([f"... and {len(changed) - 8} more"] if len(changed) > 8 else [])
+            raise RecipeError(
+                f"{self.folder} was trained with another recipe:\n  "
+                + "\n  ".join(lines)
+                + "\nGive the new one a folder of its own with --run NAME, or restore the recipe to continue."
+            )
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer writes into the run folder; events after the step it continues from are void."""
+        if self.subcommand is not None and self._get(self.config_init, "trainer").get("logger") in (None, True):
+            kwargs["logger"] = TensorBoardLogger(RUNS, self.folder.name, version="", purge_step=self.step or None)
+        return super().instantiate_trainer(**kwargs)
+
+    def fit(self, **kwargs: Any) -> None:
+        """Train, unless the run is finished already; then show what to do next."""
+        if self.step and self.step >= self.trainer.max_steps:
+            print(f"{self.folder} is finished: step {self.step} of {self.trainer.max_steps}. Start another with --run NAME.")
+        else:
+            self.trainer.fit(**kwargs)
+        if self.trainer.is_global_zero:
+            self._next_steps()
+
+    def validate(self, **kwargs: Any) -> None:
+        """Validation losses and benchmarks of a checkpoint."""
+        self.trainer.validate(verbose=False, **kwargs)
+
+    def _next_steps(self) -> None:
+        for table in sorted((self.folder / "validation").glob(f"*_step_{self.trainer.max_steps}.txt")):
+            if self.step >= self.trainer.max_steps:
+                print(table.read_text())
+        print(
+            f"\nLook at the run:   tensorboard --logdir {self.folder}"
+            f'\nAsk the model:     python main.py ask --ckpt {self.folder} --image PICTURE --question "..."'
+        )
+        sys.stdout.flush()

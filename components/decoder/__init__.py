@@ -1,0 +1,6 @@
+"""Decoder: embeddings in, text out. Hugging Face causal language models whose attention is replaced by a packed one."""
+
+from components.decoder.base import Decoder
+from components.decoder.causal_lm import HuggingFaceDecoder
+
+__all__ = ["Decoder", "HuggingFaceDecoder"]

@@ -1,0 +1,147 @@
+"""Hugging Face causal language models as decoders: packed attention in training, transformers' own in generation."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int, Int64
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from components.decoder.architecture import architecture, compare, unreadable
+from components.decoder.attention import PACKED, attention, packed_hidden_states
+from components.decoder.base import Decoder
+from components.decoder.probe import prove
+from components.errors import RecipeError
+from components.tokenizer import WordTokenizer
+
+
+class HuggingFaceDecoder(Decoder):
+    """Embeddings of packed documents in, final hidden states out, by a causal language model of transformers.
+
+    Args:
+        config: The architecture, with the keys of the model's `config.json`: `model_type` (llama, mistral, qwen2, qwen3, phi3 or
+            another that passes the check at construction), `hidden_size`, `num_hidden_layers`, ...
+        tokenizer: Hub name or folder of a Hugging Face tokenizer, or a file-free `WordTokenizer`.
+        weights: Hub name or folder of the weights; null starts from random ones.
+
+    Raises:
+        RecipeError: The architecture is misspelled, impossible, or cannot keep packed documents apart.
+    """
+
+    def __init__(self, config: dict[str, Any], tokenizer: str | WordTokenizer, weights: str | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.tokenizer = tokenizer
+        self.weights = weights
+        checked = architecture(config)
+        prove(checked)
+        self.embed_dim: int = checked.hidden_size
+        self.vocab_size: int = checked.vocab_size
+        self.lm: Any  # a PreTrainedModel, whose class is known only to transformers
+
+    def build(self) -> None:
+        """Creates the layers with random weights in float32. The caller may be inside `torch.device("meta")`."""
+        # a config of its own: whoever else holds it could change the attention of the live model
+        lm = AutoModelForCausalLM.from_config(architecture(self.config), attn_implementation=PACKED, dtype=torch.float32)
+        self._adopt(lm)
+
+    def load_weights(self) -> None:
+        """Replaces the built model by one with the stated weights, on the CPU; does nothing when none are stated.
+
+        Raises:
+            RecipeError: The weights cannot be read, their config differs from the recipe's, or a tensor is missing, left over or
+                of another shape.
+        """
+        if self.weights is None:
+            return
+        compare(self.config, self.weights)
+        del self.lm  # never two models of 13B at once
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                self.weights,
+                config=architecture(self.config),
+                attn_implementation=PACKED,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,  # they are listed below, together with what is missing
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, SafetensorError) as error:
+            raise unreadable(self.weights, error) from error
+        lm, found = loaded
+        problems = [f"  {kind}: {name}" for kind, names in found.items() for name in (sorted(names, key=str) if names else [])]
+        if problems:
+            raise RecipeError(
+                f"'{self.weights}' does not fit the architecture of the recipe (key model.decoder.init_args.weights); "
+                "tensors that are not as they should be:\n" + "\n".join(problems)
+            )
+        self._adopt(lm)
+
+    def _adopt(self, lm: PreTrainedModel) -> None:
+        lm.config.use_cache = False
+        lm.generation_config = GenerationConfig()  # a released one may state sampling that nobody asked for
+        self.lm = lm.train(self.training)
+
+    @torch.no_grad()
+    def reset_buffers(self) -> None:
+        """Computes what no state dict holds, such as the frequencies of the rotary embedding.
+
+        Needed after a model built on the meta device was given memory by `to_empty`, which leaves them undefined.
+        """
+        for module in self.lm.modules():
+            if module._non_persistent_buffers_set:
+                parameters: list[Any] = list(module.parameters(recurse=False))
+                for parameter in parameters:
+                    parameter._is_hf_initialized = True  # transformers leaves such parameters as they are
+                self.lm._init_weights(module)
+                for parameter in parameters:
+                    del parameter._is_hf_initialized
+
+    def embed(self, input_ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape embed_dim"]:
+        """Token ids in, their embeddings out."""
+        return self.lm.get_input_embeddings()(input_ids)
+
+    def forward(
+        self,
+        inputs_embeds: Float[Tensor, "tokens embed_dim"],
+        position_ids: Int64[Tensor, " tokens"],
+        cumulative_lengths: Int[Tensor, " documents_and_one"],
+        max_length: int,
+    ) -> Float[Tensor, "tokens embed_dim"]:
+        """Packed embeddings in, hidden states after the last norm out; no document sees another."""
+        return packed_hidden_states(self.lm, inputs_embeds, position_ids, cumulative_lengths, max_length)
+
+    def head(self, hidden: Float[Tensor, "positions embed_dim"]) -> Float[Tensor, "positions vocab"]:
+        """Hidden states in, logits over the vocabulary out."""
+        return self.lm.get_output_embeddings()(hidden)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs_embeds: Float[Tensor, "prompts length embed_dim"],
+        attention_mask: Int64[Tensor, "prompts length"],
+        max_new_tokens: int,
+        eos_token_id: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+    ) -> Int64[Tensor, "prompts new"]:
+        """Left-padded prompts in, the ids of their answers out, filled up with the end token.
+
+        Raises:
+            RecipeError: `top_p` without a temperature: it would have no effect.
+        """
+        if temperature == 0 and top_p != 1:
+            raise RecipeError(f"top_p {top_p} has no effect at temperature 0. State a temperature above 0, or remove top_p.")
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
+        settings = GenerationConfig(
+            max_new_tokens=max_new_tokens, eos_token_id=eos_token_id, pad_token_id=eos_token_id, use_cache=True, **sampling
+        )
+        with attention(self.lm, "sdpa"):
+            return self.lm.generate(inputs_embeds=inputs_embeds, attention_mask=attention_mask, generation_config=settings)
+
+    def blocks(self) -> list[nn.Module]:
+        """The transformer layers."""
+        depth = self.lm.config.num_hidden_layers
+        return next(
+            list(child) for child in self.lm.base_model.children() if isinstance(child, nn.ModuleList) and len(child) == depth
+        )

@@ -1,0 +1,84 @@
+"""Where a run lives: its name, its recipe and its checkpoints. Only paths and YAML, no torch."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from components.errors import RecipeError
+
+RUNS = Path("runs")
+RECIPE = "recipe.yaml"
+STATE = "state"
+_CHECKPOINT = re.compile(r"step_(\d+)")
+
+
+def run_name(recipes: list[str]) -> str:
+    """The name of the run of a recipe and its overlays: `quickstart`, `quickstart+projector_linear`."""
+    return "+".join(Path(recipe).stem for recipe in recipes)
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint of an optimizer step stands inside a run folder."""
+    return run / "checkpoints" / f"step_{step:08d}"
+
+
+def complete_checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first. Unfinished ones have another name and are not seen."""
+    folders = run.joinpath("checkpoints").glob("step_*")
+    return sorted(folder for folder in folders if _CHECKPOINT.fullmatch(folder.name) and (folder / RECIPE).is_file())
+
+
+def find_checkpoint(path: str | Path, key: str) -> Path:
+    """The checkpoint that a run folder or checkpoint folder stands for.
+
+    Args:
+        path: A run folder (its newest complete checkpoint is meant) or a checkpoint folder.
+        key: The option that named the path, for the error message.
+
+    Raises:
+        RecipeError: There is no complete checkpoint.
+    """
+    path = Path(path)
+    if _CHECKPOINT.fullmatch(path.name) and (path / RECIPE).is_file():
+        return path
+    if found := complete_checkpoints(path):
+        return found[-1]
+    if not path.exists():
+        known = sorted(str(run) for run in RUNS.glob("*") if complete_checkpoints(run))
+        raise RecipeError(f"{key}: {path} does not exist. Runs with a checkpoint here: {', '.join(known) or 'none'}.")
+    raise RecipeError(f"{key}: {path} holds no complete checkpoint. Train it first, or name another run folder.")
+
+
+HOW_IT_RUNS = (
+    "trainer.accelerator",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.strategy",
+    "trainer.accumulate_grad_batches",
+    "trainer.logger",
+    "trainer.log_every_n_steps",
+    "trainer.enable_progress_bar",
+    "data.num_workers",
+    "data.max_bad_samples",
+    "checkpoint",
+    "throughput",
+    "validation",
+    "config",
+    "run",
+    "ckpt_path",
+)
+"""Keys of a recipe that may change when a run continues: they do not touch what is learned from which samples."""
+
+
+def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """What changed between two resolved recipes, one `key: before -> after` a line, without the keys of `HOW_IT_RUNS`."""
+    old, new = _flat(before), _flat(after)
+    keys = [key for key in {**old, **new} if not any(key == free or key.startswith(f"{free}.") for free in HOW_IT_RUNS)]
+    absent = "(not there)"
+    return [f"{k}: {old.get(k, absent)} -> {new.get(k, absent)}" for k in keys if old.get(k, absent) != new.get(k, absent)]
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict) or not tree:
+        return {prefix.removesuffix("."): tree}
+    return {key: value for name, branch in tree.items() for key, value in _flat(branch, f"{prefix}{name}.").items()}

@@ -1,0 +1,78 @@
+"""The FSDP strategy: a mesh of replicas and shards for `fully_shard`, with fp32 shards, bf16 compute and fp32 reduction.
+
+Source: PyTorch FSDP2 through Lightning's ModelParallelStrategy. Differs: the mesh may be hybrid (shard inside a node, replicate across).
+"""
+
+from datetime import timedelta
+from typing import Literal
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+from components.errors import RecipeError
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+class HybridSharding(ModelParallelStrategy):
+    """FSDP2 over replicas x shards ranks: parameters are sharded within a group of `shards` ranks and replicated across groups.
+
+    Args:
+        replicas: Groups that hold the whole model each, >= 1; the number of nodes, or 1 to shard over all ranks.
+        shards: Ranks that one copy of the model is spread over, >= 1; the GPUs of a node, or all ranks.
+        param_dtype: Dtype of the computation. The shards themselves, and the optimizer state, stay float32.
+        reduce_dtype: Dtype in which gradients are reduced.
+        timeout_minutes: How long a collective may take before the run is ended, > 0.
+
+    Raises:
+        RecipeError: replicas x shards is not the number of ranks.
+    """
+
+    def __init__(
+        self,
+        replicas: int,
+        shards: int,
+        param_dtype: Dtype = "bfloat16",
+        reduce_dtype: Dtype = "float32",
+        timeout_minutes: float = 30,
+    ) -> None:
+        super().__init__(
+            data_parallel_size=replicas * shards, tensor_parallel_size=1, timeout=timedelta(minutes=timeout_minutes)
+        )
+        self.replicas = replicas
+        self.shards = shards
+        self.policy = MixedPrecisionPolicy(param_dtype=getattr(torch, param_dtype), reduce_dtype=getattr(torch, reduce_dtype))
+
+    def setup_environment(self) -> None:
+        """Start the process group and lay the mesh over it."""
+        if self.replicas * self.shards != self.num_nodes * self.num_processes:
+            raise RecipeError(
+                f"trainer.strategy lays {self.replicas} replicas x {self.shards} shards = {self.replicas * self.shards} ranks, but the "
+                f"trainer has {self.num_nodes} nodes x {self.num_processes} devices. Make the two products equal."
+            )
+        super().setup_environment()
+        mesh = init_device_mesh(
+            self.root_device.type, (self.replicas, self.shards, 1), mesh_dim_names=("replicate", "shard", "tensor_parallel")
+        )
+        mesh["replicate", "shard"]._flatten("data_parallel")  # the name under which Lightning looks for the data ranks
+        self._device_mesh = self.lightning_module._device_mesh = mesh
+
+
+def shard_parts(model: LightningModule, parts: list[LightningModule], strategy: HybridSharding) -> None:
+    """Shard every block of every part, then the rest of the model, and let its steps enter the sharded root.
+
+    Args:
+        model: The root, fully built.
+        parts: Its parts; `blocks()` of each are units of their own.
+        strategy: Gives the mesh and the dtypes.
+    """
+    mesh = model.device_mesh["replicate", "shard"] if strategy.replicas > 1 else model.device_mesh["shard"]
+    for part in parts:
+        for block in part.blocks():
+            fully_shard(block, mesh=mesh, mp_policy=strategy.policy)
+    fully_shard(model, mesh=mesh, mp_policy=strategy.policy)
+    for method in ("training_step", "validation_step", "generate"):
+        register_fsdp_forward_method(model, method)

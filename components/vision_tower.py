@@ -1,0 +1,289 @@
+"""Vision towers: the patch features of an open_clip image encoder, as LLaVA reads them (arXiv 2304.08485, section 4.1)."""
+
+from abc import ABC, abstractmethod
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from jaxtyping import Float, UInt8
+from lightning import LightningModule
+from open_clip.factory import load_state_dict
+from open_clip.model import _build_vision_tower, resize_pos_embed
+from open_clip.pretrained import download_pretrained
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import VisionTransformer
+from timm.layers import PatchEmbed
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+from components.errors import RecipeError
+
+REQUIRED_CONFIG_KEYS = ("image_size", "patch_size", "width", "layers", "head_width")
+OPTIONAL_CONFIG_KEYS = ("mlp_ratio", "quick_gelu")
+
+
+class VisionTower(LightningModule, ABC):
+    """Pictures in, patch features out. The attributes below are known after `__init__`; layers exist after `build`."""
+
+    image_size: int
+    """Side of the square pictures, in pixels."""
+    num_patches: int
+    """Patch features per picture."""
+    feature_dim: int
+    """Width of a patch feature."""
+    mean: tuple[float, float, float]
+    """Mean colour that the normalisation subtracts, per channel in [0, 1]."""
+    std: tuple[float, float, float]
+    """Standard deviation that the normalisation divides by, per channel."""
+
+    @abstractmethod
+    def build(self) -> None:
+        """Creates the layers with random weights; the caller may be inside `torch.device("meta")`."""
+
+    @abstractmethod
+    def load_weights(self) -> None:
+        """Reads the pretrained weights into the built layers; does nothing when none are stated."""
+
+    @abstractmethod
+    def forward(self, pixels: UInt8[Tensor, "images 3 size size"]) -> Float[Tensor, "images patches feature_dim"]:
+        """Patch features, in reading order, of pictures that are normalised here, on the device."""
+
+    @abstractmethod
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks: the unit of sharding, activation checkpointing and compilation."""
+
+
+class OpenClipTower(VisionTower):
+    """Pictures in, patch features of one open_clip vision transformer block out (CLIP; SigLIP and others through timm).
+
+    Only what the features need is built: no text tower, no block after `feature_layer`, no final norm, pooling or projection.
+
+    Args:
+        model_name: Name of an open_clip model, such as ViT-L-14 or ViT-SO400M-14-SigLIP-384. OpenAI's weights need the names
+            that end in -quickgelu. Exactly one of `model_name` and `config` is stated.
+        pretrained: An open_clip tag of `model_name`, such as openai, or a checkpoint file (.pt, .pth, .bin, .safetensors) of a
+            whole open_clip model or of its vision tower. A file does not tell its activation or colours: those of `model_name`
+            hold (a mean on which all its tags agree, else OpenAI's), and CLIP's position table is resized to its picture size.
+            null: random weights.
+        config: An architecture instead of a name: image_size and patch_size in pixels, width, layers, head_width, and
+            optionally mlp_ratio (default 4.0) and quick_gelu (default false).
+        feature_layer: Index of the block whose output is used, without a norm, as a Python index: -2 is the last but one, as in
+            LLaVA. Legal range: -layers to layers - 1.
+
+    Raises:
+        RecipeError: Unknown name, tag, file or config key, or weights that were trained with another activation.
+
+    Source: LLaVA `clip_encoder.py` (`hidden_states[-2][:, 1:]` of transformers' CLIPVisionModel), matched to 1e-5 by a test.
+    """
+
+    def __init__(
+        self,
+        model_name: str | None = None,
+        pretrained: str | None = None,
+        config: dict[str, Any] | None = None,
+        feature_layer: int = -2,
+    ) -> None:
+        super().__init__()
+        if model_name is not None and config is None:
+            self._architecture = _named_architecture(model_name)
+        elif config is not None and model_name is None:
+            self._architecture = _stated_architecture(config)
+        else:
+            raise RecipeError(f"The vision tower has model_name: {model_name} and config: {config}. State exactly one of them.")
+        self.model_name = model_name
+        self.pretrained = pretrained
+        self.feature_layer = feature_layer
+        self._tag = _pretrained_tag(model_name, pretrained, self._architecture)
+        self.mean, self.std = _normalisation(model_name, self._tag)
+
+        with torch.device("meta"):
+            visual = self._whole_tower()
+        if isinstance(visual, TimmModel):
+            self.num_patches, self.feature_dim = visual.trunk.patch_embed.num_patches, visual.trunk.embed_dim
+        else:
+            self.num_patches, self.feature_dim = visual.grid_size[0] * visual.grid_size[1], visual.transformer.width
+        self.image_size = visual.image_size[0]
+        layers = len(_blocks(visual))
+        if not -layers <= feature_layer < layers:
+            raise RecipeError(
+                f"feature_layer {feature_layer} of the vision tower does not exist: {model_name or 'the config'} has {layers} "
+                f"blocks. Choose {-layers} to {layers - 1}."
+            )
+
+    def build(self) -> None:
+        """Creates the blocks up to `feature_layer` and what feeds them, with random weights."""
+        visual = self._whole_tower()
+        # parameters that never run would still be sharded, gathered and saved
+        keep = [self.feature_layer % len(_blocks(visual))]
+        if isinstance(visual, TimmModel):
+            visual.trunk.prune_intermediate_layers(keep, prune_norm=True, prune_head=True)
+            visual.head = nn.Identity()
+        else:
+            visual.prune_intermediate_layers(keep, prune_norm=True, prune_head=True)
+            visual.attn_pool = visual.attn_pool_contrastive = None
+        self.visual = visual
+
+    def load_weights(self) -> None:
+        """Reads `pretrained` into the built layers, which must be in memory; they may be sharded already.
+
+        Raises:
+            RecipeError: The weights cannot be fetched or read, or are of another architecture.
+        """
+        if self.pretrained is None:
+            return
+        given = _vision_weights(self._checkpoint_file(), self.pretrained)
+        resize_pos_embed(given, self)
+        given = {name.removeprefix("visual."): tensor for name, tensor in given.items()}
+        needed = {name: tensor.shape for name, tensor in self.visual.state_dict().items()}
+        with torch.device("meta"):
+            whole = self._whole_tower().state_dict()
+        problems = [f"missing {name} {tuple(shape)}" for name, shape in needed.items() if name not in given]
+        problems += [f"unknown {name} {tuple(tensor.shape)}" for name, tensor in given.items() if name not in whole]
+        problems += [
+            f"{name} is {tuple(given[name].shape)}, should be {tuple(shape)}"
+            for name, shape in needed.items()
+            if name in given and given[name].shape != shape
+        ]
+        if problems:
+            shown = "\n  ".join(problems[:20])
+            raise RecipeError(
+                f"The weights '{self.pretrained}' do not fit the vision tower ({len(problems)} differences). State the model_name "
+                f"or config that they were trained with.\n  {shown}"
+            )
+        weights: dict[str, Any] = {name: given[name] for name in needed}
+        # every rank holds the whole file and keeps its own shard
+        set_model_state_dict(self.visual, weights, options=StateDictOptions(full_state_dict=True, strict=True))
+
+    def forward(self, pixels: UInt8[Tensor, "images 3 size size"]) -> Float[Tensor, "images patches feature_dim"]:
+        """Patch features, in reading order, of pictures that are normalised here, on the device."""
+        # numbers instead of buffers: nothing to restore after a meta build, nothing to copy to the device
+        channels = [(pixels[:, c].float() / 255 - self.mean[c]) / self.std[c] for c in range(3)]
+        images = torch.stack(channels, dim=1).to(next(self.visual.parameters()).dtype)
+        features = self.visual.forward_intermediates(
+            images, indices=[-1], normalize_intermediates=False, intermediates_only=True, output_fmt="NLC"
+        )
+        return features["image_intermediates"][0]
+
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks up to `feature_layer`."""
+        return _blocks(self.visual)
+
+    def _whole_tower(self) -> VisionTransformer | TimmModel:
+        visual = _build_vision_tower(**self._architecture)
+        if isinstance(visual, VisionTransformer):
+            return visual
+        # a convolutional stem (BatchNorm) or a computed table (rotary positions, lost by a meta build) has no place here
+        is_plain = isinstance(visual, TimmModel) and isinstance(getattr(visual.trunk, "patch_embed", None), PatchEmbed)
+        if is_plain and hasattr(visual.trunk, "blocks") and not list(visual.buffers()):
+            return visual
+        raise RecipeError(
+            f"The open_clip model {self.model_name} is no plain vision transformer (convolutions, windows or rotary positions). "
+            f"Choose a model such as ViT-L-14-336-quickgelu or ViT-SO400M-14-SigLIP-384."
+        )
+
+    def _checkpoint_file(self) -> str:
+        if self._tag is None:
+            if not Path(str(self.pretrained)).is_file():
+                raise RecipeError(
+                    f"The vision tower's weights '{self.pretrained}' are not a file. Correct the path or state an open_clip tag."
+                )
+            return str(self.pretrained)
+        try:
+            return download_pretrained(self._tag)
+        except OSError as error:
+            raise RecipeError(
+                f"The vision tower's weights '{self.pretrained}' could not be fetched: {error}. Fetch them once where the network "
+                f"is reachable (they are cached), or state a checkpoint file."
+            ) from error
+
+
+def _blocks(visual: VisionTransformer | TimmModel) -> list[nn.Module]:
+    return list(visual.trunk.blocks if isinstance(visual, TimmModel) else visual.transformer.resblocks)
+
+
+def _suggest(word: str, known: list[str]) -> str:
+    close = get_close_matches(word, known, n=5, cutoff=0.5)
+    return f"Close matches: {', '.join(close)}." if close else f"Known: {', '.join(known)}."
+
+
+def _named_architecture(model_name: str) -> dict[str, Any]:
+    # the list first: open_clip would take names that are web addresses or folders
+    if model_name not in open_clip.list_models():
+        raise RecipeError(f"open_clip has no model named '{model_name}'. {_suggest(model_name, open_clip.list_models())}")
+    config = open_clip.get_model_config(model_name)
+    # every patch is a visual token, and weights come from `pretrained` alone
+    vision = {**config["vision_cfg"], "patch_dropout": 0.0, "timm_model_pretrained": False}
+    return {"embed_dim": config["embed_dim"], "vision_cfg": vision, "quick_gelu": config.get("quick_gelu", False)}
+
+
+def _stated_architecture(config: dict[str, Any]) -> dict[str, Any]:
+    legal = [*REQUIRED_CONFIG_KEYS, *OPTIONAL_CONFIG_KEYS]
+    for key in config:
+        if key not in legal:
+            raise RecipeError(f"The vision tower's config has the unknown key '{key}'. {_suggest(key, legal)}")
+    missing = [key for key in REQUIRED_CONFIG_KEYS if key not in config]
+    if missing:
+        raise RecipeError(f"The vision tower's config lacks {', '.join(missing)}. It needs {', '.join(REQUIRED_CONFIG_KEYS)}.")
+    for whole, part in (("width", "head_width"), ("image_size", "patch_size")):
+        if config[whole] % config[part]:
+            raise RecipeError(
+                f"The vision tower's {whole} {config[whole]} is no multiple of its {part} {config[part]}. Change one of them."
+            )
+    vision = {key: value for key, value in config.items() if key != "quick_gelu"}
+    return {"embed_dim": config["width"], "vision_cfg": vision, "quick_gelu": config.get("quick_gelu", False)}
+
+
+def _pretrained_tag(model_name: str | None, pretrained: str | None, architecture: dict[str, Any]) -> dict[str, Any] | None:
+    """What open_clip knows of the tag; None when `pretrained` is null or a file."""
+    if pretrained is None:
+        return None
+    looks_like_file = "/" in pretrained or Path(pretrained).suffix in (".pt", ".pth", ".bin", ".safetensors")
+    if model_name is None:
+        if looks_like_file:
+            return None
+        raise RecipeError(
+            f"pretrained '{pretrained}' is no checkpoint file. A vision tower with a config has no tags: state a path."
+        )
+    base_name = model_name.removesuffix("-quickgelu")
+    tag = open_clip.get_pretrained_cfg(model_name, pretrained) or open_clip.get_pretrained_cfg(base_name, pretrained)
+    if not tag:
+        if looks_like_file:
+            return None
+        tags = open_clip.list_pretrained_tags_by_model(model_name)
+        raise RecipeError(f"open_clip has no weights '{pretrained}' for {model_name}. {_suggest(pretrained, tags)}")
+    wants_quick_gelu = tag.get("quick_gelu", False)
+    if wants_quick_gelu != architecture["quick_gelu"]:
+        activation, other_name = ("QuickGELU", f"{base_name}-quickgelu") if wants_quick_gelu else ("GELU", base_name)
+        has_other = other_name != model_name and other_name in open_clip.list_models()
+        raise RecipeError(
+            f"The weights '{pretrained}' were trained with {activation}, which {model_name} does not use: its features would be "
+            f"wrong without any other sign. {f'State model_name: {other_name}' if has_other else 'Choose other weights'}."
+        )
+    return tag
+
+
+def _normalisation(
+    model_name: str | None, tag: dict[str, Any] | None
+) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Mean and std of the tag; without one, those on which all tags of the model agree, else OpenAI's."""
+    if tag is not None:
+        return tuple(tag["mean"]), tuple(tag["std"])
+    tags = [open_clip.get_pretrained_cfg(model_name, name) for name in open_clip.list_pretrained_tags_by_model(model_name)]
+    stated = {(tuple(one["mean"]), tuple(one["std"])) for one in tags}
+    return stated.pop() if len(stated) == 1 else (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+
+
+def _vision_weights(path: str, source: str) -> dict[str, Tensor]:
+    """The vision tower's tensors of an open_clip checkpoint, in fp32, each name with the prefix `visual.`."""
+    try:
+        state = load_state_dict(path)
+        tensors = {name: tensor.float() for name, tensor in state.items()}
+    except Exception as error:  # torch, pickle and safetensors each raise their own
+        raise RecipeError(
+            f"The vision tower's weights '{source}' could not be read as an open_clip checkpoint: {error!r}. State a file that "
+            f"holds named tensors."
+        ) from error
+    whole_model = {name: tensor for name, tensor in tensors.items() if name.startswith("visual.")}
+    return whole_model or {f"visual.{name}": tensor for name, tensor in tensors.items()}

@@ -1,0 +1,268 @@
+"""VisionLanguageModel: assembles tower, projector and decoder; loss, freezing, optimizer and generation.
+
+Source: visual instruction tuning, arXiv 2304.08485 and 2310.03744. Differs: batches are packed, and the loss is normalised by the
+supervised tokens of the whole optimizer step, over all ranks and micro-batches.
+"""
+
+from dataclasses import asdict, dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from lightning import LightningModule
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
+from torch.optim import AdamW, Optimizer
+
+from components.batch import Batch, Document, SampleFormat, pack
+from components.checkpoint_files import load_initial_weights
+from components.decoder import Decoder
+from components.errors import RecipeError
+from components.projector import Projector
+from components.sharding import shard_parts
+from components.tokenizer import load_tokenizer
+from components.vision_tower import VisionTower
+
+
+@dataclass
+class LearningRates:
+    """Peak learning rate of each part; null freezes the part.
+
+    Args:
+        vision_tower: Peak learning rate of the vision tower, > 0, or null.
+        projector: Peak learning rate of the projector, > 0, or null.
+        decoder: Peak learning rate of the decoder, > 0, or null.
+    """
+
+    vision_tower: float | None = None
+    projector: float | None = None
+    decoder: float | None = None
+
+
+class VisionLanguageModel(LightningModule):
+    """Pictures and text in, text out: a vision tower, a projector and a decoder trained with AdamW.
+
+    Args:
+        vision_tower: Pictures to patch features.
+        projector: Patch features to visual tokens.
+        decoder: Token embeddings to text.
+        learning_rates: Peak learning rate of each part; null freezes the part.
+        weight_decay: AdamW weight decay, >= 0; norms, biases and other vectors are never decayed.
+        betas: AdamW decay rates of the first and second moment, each in [0, 1).
+        initial_weights: Run folder or checkpoint of an earlier stage; its weights replace those of the parts' own `weights`.
+
+    Raises:
+        RecipeError: Every part is frozen, a learning rate is not positive, or `initial_weights` do not fit.
+    """
+
+    def __init__(
+        self,
+        vision_tower: VisionTower,
+        projector: Projector,
+        decoder: Decoder,
+        learning_rates: LearningRates,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        initial_weights: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.vision_tower = vision_tower
+        self.projector = projector
+        self.decoder = decoder
+        self.learning_rates = learning_rates
+        self.weight_decay = weight_decay
+        self.betas = betas
+        self.initial_weights = initial_weights
+        self.built = False
+        self.step_totals: Float[Tensor, " two"] | None = None
+        rates = asdict(learning_rates)
+        if not any(rates.values()) or any(rate is not None and rate <= 0 for rate in rates.values()):
+            raise RecipeError(
+                f"model.learning_rates is {rates}: give at least one part a learning rate above 0; null freezes a part."
+            )
+
+    @property
+    def parts(self) -> dict[str, LightningModule]:
+        """The three parts by their names in the recipe."""
+        return {"vision_tower": self.vision_tower, "projector": self.projector, "decoder": self.decoder}
+
+    def sample_format(self) -> SampleFormat:
+        """What the data must know of this model. Needs no weights."""
+        return SampleFormat(
+            tokenizer=self.decoder.tokenizer,
+            tokens_per_image=self.projector.num_tokens(self.vision_tower.num_patches),
+            image_size=self.vision_tower.image_size,
+            image_mean=self.vision_tower.mean,
+        )
+
+    @cached_property
+    def tokenizer(self):  # noqa: ANN201
+        """The decoder's tokenizer, for generation."""
+        return load_tokenizer(self.decoder.tokenizer)
+
+    # --- construction
+
+    def build(self) -> None:
+        """The layers of all parts, without weights from anywhere; may run on the meta device."""
+        self.vision_tower.build()
+        self.projector.connect(feature_dim=self.vision_tower.feature_dim, embed_dim=self.decoder.embed_dim)
+        self.decoder.build()
+        self.freeze()
+
+    def freeze(self) -> None:
+        """A part without a learning rate needs no gradient."""
+        for name, part in self.parts.items():
+            part.requires_grad_(getattr(self.learning_rates, name) is not None)
+
+    def configure_model(self) -> None:
+        """Build, read weights, shard. Called by the Trainer, and by `ask`."""
+        if self.built:
+            return
+        self.build()
+        if self.initial_weights is None:
+            self.vision_tower.load_weights()
+            self.decoder.load_weights()
+        else:
+            load_initial_weights(self, self.initial_weights)
+        self.freeze()  # again: reading weights may have made new parameters
+        if self.device_mesh is not None:
+            shard_parts(self, list(self.parts.values()), self.trainer.strategy)
+        self.built = True
+
+    def on_fit_start(self) -> None:
+        """Check that what trains is what the recipe declares."""
+        self.train_parts()
+        optimized = {id(p) for optimizer in self.trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+        for name, part in self.parts.items():
+            declared = getattr(self.learning_rates, name) is not None
+            for parameter_name, parameter in part.named_parameters():
+                if declared != parameter.requires_grad or declared != (id(parameter) in optimized):
+                    raise RecipeError(
+                        f"{name}.{parameter_name} should be {'trained' if declared else 'frozen'} by "
+                        f"model.learning_rates.{name} = {getattr(self.learning_rates, name)}, but it "
+                        f"{'requires' if parameter.requires_grad else 'does not require'} a gradient and is "
+                        f"{'' if id(parameter) in optimized else 'not '}given to the optimizer. Does the part change requires_grad?"
+                    )
+
+    def train_parts(self) -> None:
+        """Trained parts in training mode, frozen parts in evaluation mode."""
+        for name, part in self.parts.items():
+            part.train(getattr(self.learning_rates, name) is not None)
+
+    # --- the step
+
+    def fuse(self, batch: Batch) -> Float[Tensor, "tokens embed_dim"]:
+        """Token embeddings of the row, with the visual tokens in their slots."""
+        embeds = self.decoder.embed(batch.input_ids.clamp(min=0))
+        pixels = batch.pixels
+        if no_images := len(pixels) == 0:  # a rank without pictures still takes part in every collective
+            size = self.vision_tower.image_size
+            pixels = torch.zeros((1, 3, size, size), dtype=torch.uint8, device=embeds.device)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.learning_rates.vision_tower is not None):
+            features = self.vision_tower(pixels)
+        visual = self.projector(features).flatten(0, 1).to(embeds.dtype)
+        if no_images:
+            return embeds + 0.0 * visual.sum()
+        return embeds.index_copy(0, batch.image_positions, visual)
+
+    def forward(self, batch: Batch) -> Float[Tensor, "targets vocab"]:
+        """Packed batch in, logits of the supervised positions out."""
+        embeds = self.fuse(batch)
+        hidden = self.decoder(embeds, batch.position_ids, batch.cumulative_lengths, batch.max_length)
+        return self.decoder.head(hidden[batch.target_positions])
+
+    def loss_sum(self, batch: Batch) -> Float[Tensor, ""]:
+        """Sum of the cross-entropy over the supervised tokens of the batch."""
+        return functional.cross_entropy(self(batch).float(), batch.targets, reduction="sum")
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, ""]:
+        """Sum of the loss, scaled to cancel the averages that Lightning and the strategy take."""
+        loss = self.loss_sum(batch)
+        totals = torch.stack([loss.detach(), torch.full_like(loss, len(batch.targets))])
+        self.step_totals = totals if self.step_totals is None else self.step_totals + totals
+        return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+
+    def on_after_backward(self) -> None:
+        """After the last micro-batch of an optimizer step: divide the gradients by the supervised tokens of all ranks."""
+        if (self.trainer.fit_loop.batch_idx + 1) % self.trainer.accumulate_grad_batches:
+            return
+        loss, count = self.trainer.strategy.reduce(self.step_totals, reduce_op="sum")
+        self.step_totals = None
+        if count == 0:  # nothing to learn from: weights and optimizer state stay, schedule and data advance
+            self.zero_grad(set_to_none=True)
+            return
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        torch._foreach_div_([g.to_local() if isinstance(g, DTensor) else g for g in gradients], count)
+        self.log("train/loss", loss / count, prog_bar=True)
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Log the norm of all gradients and clip by it, alike for whole and for sharded gradients."""
+        parameters = [p for p in self.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        self.log("norm/gradient", norm)
+        if gradient_clip_val:
+            nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Float[Tensor, " two"]:
+        """Sum of the loss and count of supervised tokens, for the data module's source of this loader."""
+        loss = self.loss_sum(batch)
+        totals = torch.stack([loss, torch.full_like(loss, len(batch.targets))])
+        self.validation_totals[dataloader_idx] += totals
+        return totals
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the sums of the last validation."""
+        self.validation_totals = torch.zeros(len(self.trainer.datamodule.validation_names), 2, device=self.device)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the token-weighted loss of each source, over all ranks."""
+        totals = self.trainer.strategy.reduce(self.validation_totals, reduce_op="sum")
+        for name, (loss, count) in zip(self.trainer.datamodule.validation_names, totals, strict=True):
+            if count > 0:
+                self.log(f"val/loss/{name}", loss / count, rank_zero_only=True)
+
+    def configure_optimizers(self) -> Optimizer:
+        """AdamW with one group per trained part for matrices and one, without decay, for norms, biases and other vectors."""
+        groups = []
+        for name, part in self.parts.items():
+            rate = getattr(self.learning_rates, name)
+            trained = [p for p in part.parameters() if p.requires_grad]
+            for suffix, decay, members in (
+                ("", self.weight_decay, [p for p in trained if p.ndim > 1]),
+                ("_no_decay", 0.0, [p for p in trained if p.ndim <= 1]),
+            ):
+                if members:
+                    groups.append({"params": members, "lr": rate, "weight_decay": decay, "name": name + suffix})
+        return AdamW(groups, betas=self.betas, fused=self.device.type == "cuda")
+
+    # --- generation
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: list[Document], max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0
+    ) -> list[str]:
+        """Prompts in, answers out.
+
+        Args:
+            prompts: Tokenized prompts with their pictures; labels are ignored.
+            max_new_tokens: Longest answer, in tokens.
+            temperature: 0 for greedy decoding, above 0 for sampling.
+            top_p: Share of the probability mass that is sampled from, in (0, 1].
+        """
+        batch = pack(prompts).to(self.device)
+        lengths = [len(prompt.input_ids) for prompt in prompts]
+        rows = list(self.fuse(batch).split(lengths))
+        embeds = pad_sequence(rows, batch_first=True, padding_side="left")
+        mask = pad_sequence(
+            [torch.ones(length, dtype=torch.long, device=self.device) for length in lengths], batch_first=True, padding_side="left"
+        )
+        end = self.tokenizer.eos_token_id
+        new = self.decoder.generate(embeds, mask, max_new_tokens, end, temperature, top_p).cpu().numpy()
+        ends = np.where((new == end).any(1), (new == end).argmax(1), new.shape[1])
+        return [self.tokenizer.decode(row[:stop], skip_special_tokens=True).strip() for row, stop in zip(new, ends, strict=True)]

@@ -1,0 +1,78 @@
+"""vlm-recipes: train, validate and ask vision-language models that are assembled from YAML recipes."""
+
+import importlib
+import os
+import sys
+from difflib import get_close_matches
+
+from components.errors import RecipeError
+
+COMMANDS = {
+    "fit": "train a recipe, or continue its run from the newest complete checkpoint",
+    "validate": "validation losses and benchmarks of a checkpoint",
+    "ask": "ask a trained model about a picture",
+}
+WITHOUT_TRAINER = {"ask": "components.ask"}
+MAX_ERROR_LINES = 15
+
+
+def main(arguments: list[str]) -> int:
+    """Run one command.
+
+    Args:
+        arguments: The command and its options, as on the command line.
+
+    Returns:
+        The exit code: 0 when all went well, 2 when the user can mend what went wrong.
+    """
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help())
+        return 0
+    command = arguments[0]
+    if command not in COMMANDS:
+        near = get_close_matches(command, COMMANDS, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        return _fail(f"'{command}' is not a command.{hint} Commands: {', '.join(COMMANDS)}.")
+    # threads that wait for one another yield their core: data workers and training share few cores
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from jsonargparse import ArgumentError
+
+    try:
+        if command in WITHOUT_TRAINER:
+            return importlib.import_module(WITHOUT_TRAINER[command]).main(arguments[1:])
+        from components.command_line import RecipeCLI
+
+        RecipeCLI(arguments)
+    except (RecipeError, ArgumentError) as error:
+        return _fail(str(error))
+    return 0
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name:<{width}}{text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: python main.py COMMAND ...",
+            "",
+            str(__doc__),
+            "",
+            "commands:",
+            *lines,
+            "",
+            "python main.py COMMAND --help explains a command's options; --print_config after a recipe shows it resolved.",
+            "first steps: python main.py fit --config recipes/quickstart.yaml",
+        ]
+    )
+
+
+def _fail(message: str) -> int:
+    lines = [line for line in message.splitlines() if line.strip()]
+    if len(lines) > MAX_ERROR_LINES:
+        lines = [*lines[: MAX_ERROR_LINES - 3], "...", *lines[-2:]]
+    print("\n".join(["error: " + lines[0], *lines[1:]]), file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,41 @@
+"""What all tests share: shapes checked while they run, golden data where it is, a folder of their own to run in."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+
+from jaxtyping import install_import_hook
+
+install_import_hook(["components", "callbacks"], "beartype.beartype")
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """Indices of annotation files go to a folder of the test session."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def golden() -> Path:
+    """The outputs of official code, or a skip that says so."""
+    folder = SHARED / "golden"
+    if not folder.is_dir():
+        pytest.skip("no golden data beside the project (../shared/golden)")
+    return folder
+
+
+@pytest.fixture
+def realdata() -> Path:
+    """Real pictures with questions, or a skip that says so."""
+    folder = SHARED / "realdata"
+    if not folder.is_dir():
+        pytest.skip("no real pictures beside the project (../shared/realdata)")
+    return folder
