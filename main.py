@@ -33,8 +33,8 @@ def main(arguments: list[str]) -> int:
         near = get_close_matches(command, COMMANDS, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         return _fail(f"'{command}' is not a command.{hint} Commands: {', '.join(COMMANDS)}.")
-    # threads that wait for one another yield their core: data workers and training share few cores
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # threads that wait for one another soon yield their core: on a laptop, training and data workers share few of them
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     from jsonargparse import ArgumentError
 
     try:

@@ -8,11 +8,13 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
 
 from components.errors import RecipeError
-from components.run_folder import RECIPE, STATE, checkpoint_folder, complete_checkpoints
+from components.run_folder import CHECKPOINTS, RECIPE, STATE, checkpoint_folder, complete_checkpoints
+
+UNFINISHED, DELETED = ".unfinished", ".deleted"
 
 
 class Checkpoint(LightningCheckpoint):
-    """A training run in, folders `checkpoints/step_N` out: weights, optimizer, position and recipe, at the end of the run and on the way.
+    """A training run in, folders `checkpoints/step_N` out: weights, optimizer, position and recipe, on the way and at its end.
 
     Args:
         every_n_steps: Optimizer steps between checkpoints, >= 1, or null.
@@ -35,9 +37,13 @@ class Checkpoint(LightningCheckpoint):
         self.last_step = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The step that the run continues from is on disk already; minutes count from now."""
+        """The step that the run continues from is on disk already; minutes count from now; what a kill left half-done goes."""
         self.last_step = trainer.global_step
         self.last_time = time.monotonic()
+        checkpoints = Path(trainer.log_dir) / CHECKPOINTS  # log_dir talks to all ranks
+        if trainer.is_global_zero:
+            for leftover in [*checkpoints.glob(f"*{UNFINISHED}"), *checkpoints.glob(f"*{DELETED}")]:
+                shutil.rmtree(leftover)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
@@ -58,9 +64,8 @@ class Checkpoint(LightningCheckpoint):
         self.last_step = trainer.global_step
         run = Path(trainer.log_dir)
         final = checkpoint_folder(run, trainer.global_step)
-        unfinished = final.with_name(f"{final.name}.unfinished")
+        unfinished = final.with_name(final.name + UNFINISHED)
         if trainer.is_global_zero:
-            shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
         trainer.strategy.barrier("checkpoint begins")
         trainer.save_checkpoint(unfinished / STATE, weights_only=False)
@@ -69,7 +74,7 @@ class Checkpoint(LightningCheckpoint):
             shutil.copy(run / RECIPE, unfinished / RECIPE)
             unfinished.rename(final)
             for old in complete_checkpoints(run)[: -self.keep]:
-                doomed = old.rename(old.with_name(f"{old.name}.deleted"))  # never half a checkpoint under a good name
+                doomed = old.rename(old.with_name(old.name + DELETED))  # never half a checkpoint under a good name
                 shutil.rmtree(doomed)
         trainer.strategy.barrier("checkpoint visible")
 

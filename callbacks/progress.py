@@ -33,9 +33,7 @@ class Progress(ProgressBar):
             dynamic_ncols=True,
         )
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Advance after each optimizer step; show loss and tokens/s when the line is drawn anew."""
         assert self.bar is not None
         if self.enabled and trainer.global_step > self.bar.n and self.bar.update(trainer.global_step - self.bar.n):

@@ -4,11 +4,12 @@ import time
 from typing import Any
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, Trainer
 
 from components.batch import Batch
 from components.errors import RecipeError
 from components.flops import matmul_parameters, peak_flops, step_flops
+from components.vlm import VisionLanguageModel
 
 
 class Throughput(Callback):
@@ -25,7 +26,7 @@ class Throughput(Callback):
         self.every_n_steps = every_n_steps
         self.peak_tflops = peak_tflops
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: VisionLanguageModel) -> None:
         """Look up what does not change."""
         self.sizes = matmul_parameters(pl_module)
         device = pl_module.device
@@ -33,18 +34,17 @@ class Throughput(Callback):
         self.peak = self.peak_tflops * 1e12 if self.peak_tflops else known
         self._restart()
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: VisionLanguageModel, batch: Batch, batch_idx: int) -> None:
         """Count; everything counted is known to the host."""
-        lengths = batch.cumulative_lengths.diff()
         self.counts[0] += batch.num_tokens
         self.counts[1] += len(batch.sample_ids)
         if self.peak is not None:
             squares = (lengths.double() ** 2).sum()
-            self.flops = self.flops + step_flops(pl_module, self.sizes, batch.num_tokens, squares, len(batch.targets), len(batch.pixels))
+            self.flops = self.flops + step_flops(
+                pl_module, self.sizes, batch.num_tokens, squares, len(batch.targets), len(batch.pixels)
+            )
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: VisionLanguageModel, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Log at the steps that are due."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches or trainer.global_step % self.every_n_steps:
             return
@@ -61,5 +61,5 @@ class Throughput(Callback):
 
     def _restart(self) -> None:
         self.counts = [0, 0]
-        self.flops: Any = 0.0
+        self.flops: float | torch.Tensor = 0.0
         self.started = time.perf_counter()

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
-from components.errors import RecipeError
+from components.errors import BadSample, RecipeError
 
 Ranges = Int64[np.ndarray, "records 2"]
 """First byte of every record and the byte after its last."""
@@ -53,16 +53,26 @@ class Annotations:
         try:
             record = json.loads(text)
         except ValueError as error:
-            raise RecipeError(
+            raise BadSample(
                 f"{self.where(index)} is not valid JSON: {error}.\n    {_excerpt(text)}\n"
                 "The file may be truncated: fetch it again, or repair or remove the line."
             ) from error
         if not isinstance(record, dict):
-            raise RecipeError(f"{self.where(index)} is not a JSON object: {_excerpt(text)}. Remove it or make it an object.")
+            raise BadSample(f"{self.where(index)} is not a JSON object: {_excerpt(text)}. Remove it or make it an object.")
         return record
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[index] for index in range(len(self)))
+
+    @property
+    def size(self) -> int:
+        """Size of the file, in bytes."""
+        return len(self._data)
+
+    def num_bytes(self, index: int) -> int:
+        """Size of a record, in bytes: known without reading it."""
+        start, end = self._ranges[index]
+        return int(end - start)
 
     def where(self, index: int) -> str:
         """Where a record stands, for error messages: `file.jsonl line 17`."""

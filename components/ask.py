@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser
 from components.checkpoint_files import load_weights
 from components.conversation import Turn
 from components.data import InstructionData, Preparation, Sample
-from components.errors import RecipeError
+from components.errors import BadSample, RecipeError
 from components.run_folder import RECIPE, find_checkpoint
 from components.vlm import VisionLanguageModel
 
@@ -51,7 +51,15 @@ def ask(
         max_new_tokens: Longest answer in tokens, >= 1.
         temperature: 0 for the most likely answer, above 0 to sample.
         top_p: Share of the probability mass that is sampled from, in (0, 1].
+
+    Raises:
+        RecipeError: A value out of range, a picture or checkpoint that is not there or cannot be read.
     """
+    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+        raise RecipeError(
+            f"--max_new_tokens {max_new_tokens} must be at least 1, --temperature {temperature} at least 0 and "
+            f"--top_p {top_p} in (0, 1]."
+        )
     files = [Path(name) for name in image or []]
     if missing := [str(file) for file in files if not file.is_file()]:
         raise RecipeError(f"--image: {', '.join(missing)} does not exist.")
@@ -59,7 +67,10 @@ def ask(
     model, preparation = load(checkpoint)
     text = question if "<image>" in question else "<image>\n" * len(files) + question
     sample = Sample("question", [Turn("user", text)], [file.read_bytes() for file in files])
-    prompt = preparation.prompt(sample, model.tokenizer, model.sample_format())
+    try:
+        prompt = preparation.prompt(sample, model.tokenizer, model.sample_format())
+    except BadSample as error:
+        raise RecipeError(f"--image {' '.join(map(str, files))}: {error}") from error
     return model.generate([prompt], max_new_tokens, temperature, top_p)[0]
 
 

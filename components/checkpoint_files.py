@@ -1,5 +1,6 @@
 """Reading weights out of a checkpoint, whole or sharded, and telling exactly what does not fit."""
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -45,8 +46,10 @@ def load_weights(model: nn.Module, checkpoint: Path, key: str) -> None:
     if state.is_file():
         model.load_state_dict(torch.load(state, map_location="cpu", mmap=True, weights_only=True)["state_dict"])
     else:
-        load({"state_dict": expected}, storage_reader=FileSystemReader(state), no_dist=True)
-        model.load_state_dict(expected)
+        with warnings.catch_warnings():
+            # every process reads for itself
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            load({"state_dict": expected}, storage_reader=FileSystemReader(state), no_dist=True)  # into the model's own tensors
 
 
 def _shapes(checkpoint: Path) -> dict[str, torch.Size]:

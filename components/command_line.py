@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import Namespace
+from jsonargparse import ArgumentError, Namespace
 from lightning import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from callbacks.checkpoint import Checkpoint
 from callbacks.overview import Overview
@@ -20,11 +21,15 @@ from callbacks.validation import Validation
 from callbacks.warmup import Warmup
 from components.data import InstructionData
 from components.errors import RecipeError
+from components.recipe_files import explain, hint, named_recipes, read_recipe
 from components.run_folder import RECIPE, RUNS, STATE, changes, complete_checkpoints, find_checkpoint, run_name
 from components.vlm import VisionLanguageModel
 
 SECTIONS = {"warmup": Warmup, "checkpoint": Checkpoint, "validation": Validation, "throughput": Throughput}
 """Callbacks that are top-level sections of a recipe, so that an overlay merges them key by key."""
+
+KEYS = {"config", "seed_everything", "max_steps", "trainer", "model", "data", "run", "ckpt_path", *SECTIONS}
+"""What may stand at the top level of a recipe."""
 
 
 class RecipeCLI(LightningCLI):
@@ -35,6 +40,10 @@ class RecipeCLI(LightningCLI):
             logging.getLogger(chatter).setLevel(logging.WARNING)
         # lightning 2.6 calls what torch 2.15 has deprecated
         warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)", category=FutureWarning)
+        # no source holds samples out: the user's choice
+        warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
+        # a short run logs what it logs
+        warnings.filterwarnings("ignore", message="The number of training batches .* is smaller than the logging interval")
         strict = {"exit_on_error": False}
         super().__init__(
             VisionLanguageModel,
@@ -60,19 +69,31 @@ class RecipeCLI(LightningCLI):
         """The sections of a recipe besides trainer, model and data."""
         for name, callback in SECTIONS.items():
             parser.add_lightning_class_args(callback, name)
+        # a recipe names a trainer file and states beside it how long it trains
+        parser.add_argument("--max_steps", type=int, help="Optimizer steps of the whole run, >= 1.")
+        parser.link_arguments("max_steps", "trainer.max_steps")
         parser.add_argument(
-            "--run", type=str | None, default=None, help="Name of the run folder inside runs/; by default the recipe's and overlays' names."
+            "--run",
+            type=str | None,
+            default=None,
+            help="Name of the run folder inside runs/; by default the recipe's and overlays' names.",
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse, then refuse unknown sections, which jsonargparse lets pass when they are empty."""
-        self.config = parser.parse_object(args) if isinstance(args, dict | Namespace) else parser.parse_args(args)
-        config = self._get(self.config, "config") if self.config.get("subcommand") else self.config.get("config")
-        known = {"config", "seed_everything", "trainer", "model", "data", "run", "ckpt_path", *SECTIONS}
-        for path in config or []:
-            sections = yaml.safe_load(Path(str(path)).read_text()) or {}
-            for unknown in set(sections) - known:
-                raise RecipeError(f"{path}: section '{unknown}' is not accepted. Sections of a recipe: {', '.join(sorted(known))}.")
+        """Check the recipe files, then parse; mistakes are told in the words of the recipe."""
+        if isinstance(args, dict | Namespace):
+            self.config = parser.parse_object(args)
+            return
+        args = sys.argv[1:] if args is None else args
+        for recipe in named_recipes(args):
+            # an empty section that nobody knows would pass the parser
+            if unknown := [section for section in read_recipe(Path(recipe)) if section not in KEYS]:
+                raise RecipeError(f"{recipe}: {unknown[0]} is not a section of a recipe.{hint(str(unknown[0]), KEYS)}")
+        try:
+            self.config = parser.parse_args(args)
+        except ArgumentError as error:
+            command = args[0] if args and args[0] in self.subcommands() else None
+            raise RecipeError(explain(error, [action.dest for action in self._parser(command)._actions])) from error
 
     def _get(self, config: Namespace, key: str, default: Any = None) -> Any:
         subcommand = self.config.get("subcommand")
@@ -106,8 +127,8 @@ class RecipeCLI(LightningCLI):
         self.config[self.subcommand].ckpt_path = str(self.checkpoint / STATE) if self.checkpoint else None
 
     def _refuse_changed_recipe(self, checkpoint: Path) -> None:
-        self._dump_config()
-        if changed := changes(yaml.safe_load((checkpoint / RECIPE).read_text()), self.config_dump):
+        recipe = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)  # as it is saved
+        if changed := changes(yaml.safe_load((checkpoint / RECIPE).read_text()), yaml.safe_load(recipe)):
             lines = changed[:8] + ([f"... and {len(changed) - 8} more"] if len(changed) > 8 else [])
             raise RecipeError(
                 f"{self.folder} was trained with another recipe:\n  "
@@ -119,7 +140,14 @@ class RecipeCLI(LightningCLI):
         """The trainer writes into the run folder; events after the step it continues from are void."""
         if self.subcommand is not None and self._get(self.config_init, "trainer").get("logger") in (None, True):
             kwargs["logger"] = TensorBoardLogger(RUNS, self.folder.name, version="", purge_step=self.step or None)
-        return super().instantiate_trainer(**kwargs)
+        if self.subcommand is not None:
+            kwargs["default_root_dir"] = self.folder  # where a run without a logger lives
+        if self._get(self.config_init, "trainer").get("enable_progress_bar") is False:
+            self.trainer_defaults["callbacks"] = [Overview()]
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except MisconfigurationException as error:
+            raise RecipeError(f"trainer: {error}") from error
 
     def fit(self, **kwargs: Any) -> None:
         """Train, unless the run is finished already; then show what to do next."""

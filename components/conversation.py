@@ -192,7 +192,7 @@ def _encode(
     ids: list[int] = []
     labels: list[int] = []
 
-    def add(new_ids: list[int], supervised: bool = False) -> None:
+    def add(new_ids: Sequence[int], supervised: bool = False) -> None:
         ids.extend(new_ids)
         labels.extend(new_ids if supervised else [IGNORE_INDEX] * len(new_ids))
 
@@ -262,16 +262,18 @@ def _image_first(text: str) -> str:
     return f"{IMAGE_PLACEHOLDER}\n{text.replace(IMAGE_PLACEHOLDER, '').strip()}".strip()
 
 
-def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    return tokenizer.encode(text, add_special_tokens=False) if text else []
+@lru_cache(maxsize=2**14)
+def _ids(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    """Ids of a text. Cached: the words of a template, and often questions, come again in every sample."""
+    return tuple(tokenizer.encode(text, add_special_tokens=False)) if text else ()
 
 
-def _ids_at_start(tokenizer: Tokenizer, text: str) -> list[int]:
+def _ids_at_start(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
     """Ids of a text at the start of a row or after a picture. There sentencepiece puts one more space before any text."""
     return _ids(tokenizer, f" {text}" if text and _spaces(tokenizer).added_unless_there else text)
 
 
-def _ids_after_text(tokenizer: Tokenizer, text: str) -> list[int]:
+def _ids_after_text(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
     """Ids of a text that begins with a space and continues another."""
     return _ids(tokenizer, text[1:] if _spaces(tokenizer).always_added else text)
 

@@ -7,6 +7,8 @@ Source: arXiv 2204.02311 (PaLM), appendix B, for the definition of MFU. Differs:
 only the positions that are computed count (the head runs on supervised positions alone).
 """
 
+from torch import Tensor
+
 from components.vlm import VisionLanguageModel
 
 PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0}
@@ -20,9 +22,7 @@ def peak_flops(device_name: str) -> float | None:
 
 def matmul_parameters(model: VisionLanguageModel) -> dict[str, int]:
     """Weights of each part that are multiplied with every token, and of the head, in numbers of parameters."""
-    sizes = {
-        name: sum(p.numel() for p in part.parameters() if p.ndim == 2) for name, part in (("projector", model.projector),)
-    }
+    sizes = {name: sum(p.numel() for p in part.parameters() if p.ndim == 2) for name, part in (("projector", model.projector),)}
     for name, part in (("vision_tower", model.vision_tower), ("decoder", model.decoder)):
         sizes[name] = sum(p.numel() for block in part.blocks() for p in block.parameters() if p.ndim == 2)
     sizes["head"] = model.decoder.embed_dim * model.decoder.vocab_size
@@ -30,8 +30,8 @@ def matmul_parameters(model: VisionLanguageModel) -> dict[str, int]:
 
 
 def step_flops(
-    model: VisionLanguageModel, sizes: dict[str, int], tokens: int, squared_lengths: int, targets: int, images: int
-) -> float:
+    model: VisionLanguageModel, sizes: dict[str, int], tokens: int, squared_lengths: float | Tensor, targets: int, images: int
+) -> float | Tensor:
     """FLOPs of the forward and backward passes over packed rows.
 
     Args:
@@ -56,10 +56,11 @@ def step_flops(
         "projector": 0.0,
         "decoder": 2.0 * len(model.decoder.blocks()) * squared_lengths * model.decoder.embed_dim,
     }
-    total, gradients_flow = 0.0, False
+    total: float | Tensor = 0.0
+    gradients_flow = False
     for part in ("vision_tower", "projector", "decoder"):
         trained = trains[part] is not None
-        total += forward[part] * (1 + gradients_flow + trained)
+        total = total + forward[part] * (1 + gradients_flow + trained)
         gradients_flow = gradients_flow or trained
-        total += attention[part] * (3 if gradients_flow else 1)
+        total = total + attention[part] * (3 if gradients_flow else 1)
     return total

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from components.errors import BadSample
 
 Decoding = Literal["llava", "upright"]
-SquareMode = Literal["pad", "crop"]
+SquareMode = Literal["pad", "crop", "squash"]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_BYTES = 32 * 2**20
@@ -64,16 +64,19 @@ def decode(data: bytes, decoding: Decoding = "upright") -> Image.Image:
 def to_square(
     image: Image.Image, size: int, mode: SquareMode = "pad", fill: tuple[float, float, float] = (0.0, 0.0, 0.0)
 ) -> UInt8[np.ndarray, "3 {size} {size}"]:
-    """An RGB picture in, the square of pixels a vision tower sees out, equal to LLaVA-1.5's to the last bit.
+    """An RGB picture in, the square of pixels a vision tower sees out; padded and cropped equal to LLaVA-1.5's to the last bit.
 
     Args:
         image: Picture in RGB.
         size: Side of the square, in pixels, at least 1.
-        mode: `pad` centers the whole picture on a square of the fill color; `crop` keeps the central square.
-        fill: Color of the border in [0, 1] per channel: the mean of the tower's preprocessing. Unused by `crop`.
+        mode: `pad` centers the whole picture on a square of the fill color; `crop` keeps the central square; `squash`
+            (open_clip's word) resizes both sides alone, so that all of a long picture is seen large.
+        fill: Color of the border in [0, 1] per channel: the mean of the tower's preprocessing. Used by `pad` alone.
     """
     if mode == "pad" and image.width != image.height:
         image = _pad_to_square(image, tuple(int(channel * 255) for channel in fill))  # LLaVA truncates; rounding differs by one
+    if mode == "squash" and image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
     width, height = image.size
     shorter = min(width, height)
     if shorter != size:

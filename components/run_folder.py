@@ -9,6 +9,7 @@ from components.errors import RecipeError
 RUNS = Path("runs")
 RECIPE = "recipe.yaml"
 STATE = "state"
+CHECKPOINTS = "checkpoints"
 _CHECKPOINT = re.compile(r"step_(\d+)")
 
 
@@ -19,12 +20,12 @@ def run_name(recipes: list[str]) -> str:
 
 def checkpoint_folder(run: Path, step: int) -> Path:
     """Where the checkpoint of an optimizer step stands inside a run folder."""
-    return run / "checkpoints" / f"step_{step:08d}"
+    return run / CHECKPOINTS / f"step_{step:08d}"
 
 
 def complete_checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first. Unfinished ones have another name and are not seen."""
-    folders = run.joinpath("checkpoints").glob("step_*")
+    folders = run.joinpath(CHECKPOINTS).glob("step_*")
     return sorted(folder for folder in folders if _CHECKPOINT.fullmatch(folder.name) and (folder / RECIPE).is_file())
 
 

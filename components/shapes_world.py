@@ -1,6 +1,7 @@
 """ShapesWorld: scenes drawn by the program, with captions and questions; training data and exam that need no download."""
 
 import io
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,14 +21,16 @@ HELD_OUT_PAIRS = frozenset({("red", "cross"), ("green", "triangle"), ("blue", "c
 """Pairs of color and shape that no training scene shows and evaluation scenes do."""
 
 WORDS = tuple(
-    "Q: A: what color shape is the how many are there in picture a an at left right above below of object objects yes no and "
-    "describe circles squares triangles crosses 0 1 2 3 4 5 top middle bottom center".split()
+    "Q: A: what color shape is the how many are there picture a at left or right above below of object objects yes no and "
+    "describe 0 1 2 3 4 5 top bottom center top-left top-right bottom-left bottom-right".split()
 ) + (*COLORS, *SHAPES)
 """Every word that a scene's questions, answers and caption use: for a `WordTokenizer`."""
 
 _OVERSAMPLING = 4  # drawn larger and averaged down, so that edges are smooth
-_ROWS = {1: ("middle",), 2: ("top", "bottom"), 3: ("top", "middle", "bottom")}
-_COLUMNS = {1: ("center",), 2: ("left", "right"), 3: ("left", "center", "right")}
+_PLACES = {
+    2: (("top-left", "top-right"), ("bottom-left", "bottom-right")),
+    3: (("top-left", "top", "top-right"), ("left", "center", "right"), ("bottom-left", "bottom", "bottom-right")),
+}
 
 
 @dataclass(frozen=True)
@@ -99,44 +102,57 @@ class Scene:
     def caption(self) -> str:
         """Every object with its place, in reading order."""
         ordered = sorted(self.things, key=lambda thing: (thing.row, thing.column))
-        return " and ".join(f"a {thing.color} {thing.shape} at the {self._place(thing)}" for thing in ordered)
+        return " and ".join(f"a {thing.color} {thing.shape} at the {_PLACES[self.setting.grid][thing.row][thing.column]}" for thing in ordered)
 
     def shows_held_out_pair(self) -> bool:
         """Whether an object is of a color and shape that training never shows together."""
         return any((thing.color, thing.shape) in HELD_OUT_PAIRS for thing in self.things)
 
-    def questions(self, random: np.random.Generator) -> list[Question]:
-        """Questions about the scene, several of each kind that it allows, in random order.
+    def conversation(self, random: np.random.Generator) -> list[Question]:
+        """Questions for one conversation, in random order, none of which gives another's answer away.
 
-        In one conversation an earlier answer can give a later one away ("red", "circle", hence a red circle exists), and a model would
-        learn to read instead of to look. So questions that name colors or shapes tend to come before those that answer with one.
+        A scene is asked what stands at its places, or what is there, or how things lie to one another, but not all at once: told that
+        the red object is left of the blue one, a model would read what colors there are in the text instead of looking at the picture.
         """
-        things = [self.things[i] for i in random.permutation(len(self.things))]
-        shapes = [thing.shape for thing in things]
+        subjects = [self._at_places, self._what_is_there] + [self._relations] * (len(self.things) > 1)
+        asked = subjects[random.integers(len(subjects))](random)
+        return [asked[i] for i in random.permutation(len(asked))]
+
+    def one_of_each_kind(self, random: np.random.Generator) -> list[Question]:
+        """A question of every kind that the scene allows, drawn at random: an exam."""
+        asked = self._at_places(random) + self._what_is_there(random) + self._relations(random)
+        drawn = {asked[i].kind: asked[i] for i in random.permutation(len(asked))}
+        return [drawn[kind] for kind in KINDS if kind in drawn]
+
+    def _at_places(self, random: np.random.Generator) -> list[Question]:
         asked = []
-        for thing in things:
-            asked.append(Question("color", f"what color is the object at the {self._place(thing)}", thing.color))
-            asked.append(Question("shape", f"what shape is the object at the {self._place(thing)}", thing.shape))
-        asked.append(Question("count", "how many objects are there", str(len(things))))
-        shape = str(random.choice(SHAPES if random.random() < 0.5 else shapes))
-        plural = "crosses" if shape == "cross" else f"{shape}s"
-        asked.append(Question("count", f"how many {plural} are there", str(shapes.count(shape))))
-        asked += [self._existence(things, random, present) for present in (True, False)]
-        if len(things) > 1:
-            asked.append(_relation(things[0], things[1], random))
-        places = random.random(len(asked)) + [0.7 * (question.kind in ("color", "shape")) for question in asked]
-        return [asked[i] for i in np.argsort(places)]
+        for thing in self.things:
+            place = _PLACES[self.setting.grid][thing.row][thing.column]
+            asked.append(Question("color", f"what color is the object at the {place}", thing.color))
+            asked.append(Question("shape", f"what shape is the object at the {place}", thing.shape))
+        return asked
 
-    def _existence(self, things: list[Thing], random: np.random.Generator, present: bool) -> Question:
-        if present:
-            color, shape = things[0].color, things[0].shape
-        else:  # the color is there, only on another shape: a hard no
-            absent = [(thing.color, shape) for thing in things for shape in SHAPES if shape != thing.shape]
-            color, shape = absent[random.integers(len(absent))]
-        return Question("existence", f"is there a {color} {shape}", "yes" if present else "no")
+    def _what_is_there(self, random: np.random.Generator) -> list[Question]:
+        asked = [Question("count", "how many objects are there", str(len(self.things)))]
+        for kind, names in (("color", list(COLORS)), ("shape", list(SHAPES))):
+            there = {getattr(thing, kind) for thing in self.things}
+            for present in (True, False):  # as many yes as no
+                if matching := [name for name in names if (name in there) == present]:
+                    name = str(random.choice(matching))
+                    text = f"is there a {name} object" if kind == "color" else f"is there a {name}"
+                    asked.append(Question("existence", text, "yes" if present else "no"))
+        return asked
 
-    def _place(self, thing: Thing) -> str:
-        return f"{_ROWS[self.setting.grid][thing.row]} {_COLUMNS[self.setting.grid][thing.column]}"
+    def _relations(self, random: np.random.Generator) -> list[Question]:
+        asked = []
+        for first, second in itertools.permutations(self.things, 2):
+            if first.column != second.column:
+                answer = "left" if first.column < second.column else "right"
+                asked.append(Question("relation", f"is the {first.color} object left or right of the {second.color} object", answer))
+            if first.row != second.row:
+                answer = "above" if first.row < second.row else "below"
+                asked.append(Question("relation", f"is the {first.color} object above or below the {second.color} object", answer))
+        return [asked[i] for i in random.permutation(len(asked))[:2]]
 
 
 def draw_scene(setting: Setting, random: np.random.Generator, held_out_pairs: bool) -> Scene:
@@ -158,19 +174,6 @@ def draw_scene(setting: Setting, random: np.random.Generator, held_out_pairs: bo
         row, column = divmod(int(cell), setting.grid)
         things.append(Thing(str(color), str(random.choice(shapes)), row, column, (center[0], center[1]), radius))
     return Scene(setting, tuple(things))
-
-
-def _relation(first: Thing, second: Thing, random: np.random.Generator) -> Question:
-    """A yes-or-no question about how two objects lie to each other, along an axis in which they differ."""
-    axes = [axis for axis, differs in (("x", first.column != second.column), ("y", first.row != second.row)) if differs]
-    axis = str(random.choice(axes))
-    if axis == "x":
-        word, other, true = "left of", "right of", first.column < second.column
-    else:
-        word, other, true = "above", "below", first.row < second.row
-    if random.random() < 0.5:
-        word, true = other, not true
-    return Question("relation", f"is the {first.color} object {word} the {second.color} object", "yes" if true else "no")
 
 
 def _draw(canvas: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, color: tuple[int, int, int]) -> None:

@@ -39,9 +39,7 @@ class HybridSharding(ModelParallelStrategy):
         reduce_dtype: Dtype = "float32",
         timeout_minutes: float = 30,
     ) -> None:
-        super().__init__(
-            data_parallel_size=replicas * shards, tensor_parallel_size=1, timeout=timedelta(minutes=timeout_minutes)
-        )
+        super().__init__(data_parallel_size=replicas * shards, tensor_parallel_size=1, timeout=timedelta(minutes=timeout_minutes))
         self.replicas = replicas
         self.shards = shards
         self.policy = MixedPrecisionPolicy(param_dtype=getattr(torch, param_dtype), reduce_dtype=getattr(torch, reduce_dtype))

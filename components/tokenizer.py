@@ -15,7 +15,7 @@ class WordTokenizer:
     and 2 are `<unk>`, `<s>` and `</s>`.
 
     Args:
-        words: Words worth one token each, in any order; others cost one token a byte. May be empty.
+        words: Words, or phrases, worth one token each, in any order; other text costs one token a byte. May be empty.
     """
 
     words: list[str] = field(default_factory=list)
@@ -26,7 +26,7 @@ class WordTokenizer:
 
         specials = ["<unk>", "<s>", "</s>"]
         single_bytes = [f"<0x{byte:02X}>" for byte in range(256)]
-        words = list(dict.fromkeys(piece for word in self.words for piece in (f"▁{word}", word)))
+        words = list(dict.fromkeys(piece for word in self.words for piece in (f"▁{word}".replace(" ", "▁"), word.replace(" ", "▁"))))
         # equal cost for every piece: the segmentation with the fewest pieces wins
         vocabulary = [(piece, -1.0) for piece in [*specials, *single_bytes, "▁", *words]]
         tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=0, byte_fallback=True))

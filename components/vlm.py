@@ -110,9 +110,9 @@ class VisionLanguageModel(LightningModule):
         self.vision_tower.build()
         self.projector.connect(feature_dim=self.vision_tower.feature_dim, embed_dim=self.decoder.embed_dim)
         self.decoder.build()
-        self.freeze()
+        self.set_trainable()
 
-    def freeze(self) -> None:
+    def set_trainable(self) -> None:
         """A part without a learning rate needs no gradient."""
         for name, part in self.parts.items():
             part.requires_grad_(getattr(self.learning_rates, name) is not None)
@@ -121,20 +121,24 @@ class VisionLanguageModel(LightningModule):
         """Build, read weights, shard. Called by the Trainer, and by `ask`."""
         if self.built:
             return
+        if len(self.tokenizer) > self.decoder.vocab_size:
+            raise RecipeError(
+                f"The tokenizer has {len(self.tokenizer)} tokens, but the decoder's vocab_size is {self.decoder.vocab_size} "
+                "(key model.decoder.init_args.config.vocab_size). Raise it, or name the tokenizer of these weights."
+            )
         self.build()
         if self.initial_weights is None:
             self.vision_tower.load_weights()
             self.decoder.load_weights()
         else:
             load_initial_weights(self, self.initial_weights)
-        self.freeze()  # again: reading weights may have made new parameters
+        self.set_trainable()  # again: reading weights may have made new parameters
         if self.device_mesh is not None:
             shard_parts(self, list(self.parts.values()), self.trainer.strategy)
         self.built = True
 
     def on_fit_start(self) -> None:
         """Check that what trains is what the recipe declares."""
-        self.train_parts()
         optimized = {id(p) for optimizer in self.trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
         for name, part in self.parts.items():
             declared = getattr(self.learning_rates, name) is not None
@@ -147,7 +151,7 @@ class VisionLanguageModel(LightningModule):
                         f"{'' if id(parameter) in optimized else 'not '}given to the optimizer. Does the part change requires_grad?"
                     )
 
-    def train_parts(self) -> None:
+    def on_train_start(self) -> None:
         """Trained parts in training mode, frozen parts in evaluation mode."""
         for name, part in self.parts.items():
             part.train(getattr(self.learning_rates, name) is not None)

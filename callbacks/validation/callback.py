@@ -1,10 +1,7 @@
 """When benchmarks are asked while a model trains and afterwards, and where their answers go."""
 
-import hashlib
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +14,8 @@ from tqdm import tqdm
 
 from callbacks.validation.questions import Prompts, draw_questions, exchange_pictures, share
 from callbacks.validation.result import Result, answer_sheet
-from components.benchmarks import Benchmark, Question, text_only_best
+from components.benchmarks import Benchmark, Question
 from components.errors import RecipeError
-
-_PACKAGES = ("torch", "transformers", "lightning", "numpy", "pillow")
 
 
 class Validation(Callback):
@@ -34,8 +29,8 @@ class Validation(Callback):
             command always asks all.
         batch_size: Prompts that each rank answers together, >= 1.
         max_new_tokens: Longest answer, in tokens, >= 1.
-        shuffled_pictures: Whether to ask once more with the pictures exchanged, at the end of training and in the validate command: a
-            model that looks at them falls to the text-only best.
+        shuffled_pictures: Whether to ask once more with the pictures exchanged, at the end of training and in the validate command:
+            a model that looks at them falls to the text-only best or below.
         num_pictures: Pictures shown with question and answers in TensorBoard, >= 0.
 
     Raises:
@@ -77,7 +72,7 @@ class Validation(Callback):
             try:
                 benchmark.setup()
                 if self.shuffled_pictures:
-                    exchange_pictures(benchmark.questions())
+                    exchange_pictures(draw_questions(benchmark.questions(), self.limit))
             except RecipeError as error:
                 raise RecipeError(f"validation.benchmarks.{name}: {error}") from error
 
@@ -117,75 +112,55 @@ class Validation(Callback):
     # --- what
 
     def validate(self, trainer: Trainer, pl_module: LightningModule, step: int, limit: int | None, shuffled_pictures: bool) -> None:
-        """Ask the questions of every benchmark, score, show and keep the answers. Called on all ranks."""
+        """Ask the questions of every benchmark; score, show and keep the answers. Called on all ranks."""
         folder = Path(trainer.log_dir or ".") / "validation"  # log_dir talks to all ranks
+        template = trainer.datamodule.preparation.template  # type: ignore[attr-defined]
         for name, benchmark in self.benchmarks.items():
-            questions = draw_questions(benchmark.questions(), limit)
-            exchanged = exchange_pictures(questions) if shuffled_pictures else []
-            answers = self._answers(trainer, pl_module, name, benchmark, questions)
-            other_answers = self._answers(trainer, pl_module, f"{name}, exchanged pictures", benchmark, exchanged)
-            partial = len(questions) < len(benchmark.questions())
-            result = Result(
-                name=f"{name}_partial" if partial else name,
-                title=f"{benchmark.describe()}{f'; {len(questions)} of its questions' if partial else ''}",
-                step=step,
-                counts=Counter(key for question in questions for key in _accuracy_names(question)),
-                metrics=benchmark.score(answers),
-                text_only=text_only_best(questions),
-                shuffled=benchmark.score(other_answers) if other_answers else {},
-            )
-            trainer.callback_metrics.update({f"{result.name}/{key}": torch.tensor(value) for key, value in result.metrics.items()})
-            if not trainer.is_global_zero:
-                continue
-            logged = {f"{result.name}/{key}": value for key, value in result.metrics.items()}
-            if result.shuffled:
-                logged[f"{result.name}/accuracy_shuffled_pictures"] = result.shuffled["accuracy"]
-            for logger in trainer.loggers:
-                logger.log_metrics(logged, step=step)
-            tqdm.write(result.table())
-            shown = [question for question in draw_questions(questions, self.num_pictures) if question.images]
-            writers = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-            for writer in writers if shown else []:
-                writer.add_image(f"{result.name}/answers", answer_sheet(benchmark, shown, answers), step, dataformats="HWC")
-            provenance = {
-                "partial": partial,
-                "all_questions": len(benchmark.questions()),
-                "benchmark": benchmark.describe(),
-                "fingerprint": benchmark.fingerprint(),
-                "prompts": _digest(trainer.datamodule.preparation.template, *(question.prompt for question in questions)),
-                "max_new_tokens": self.max_new_tokens,
-                "versions": {package: version(package) for package in _PACKAGES},
-            }
-            rows = [_row(question, answers) for question in questions]
-            for row, question in zip(rows, exchanged, strict=False):
-                row |= {"shuffled_images": question.images, "shuffled_answer": other_answers[question.id]}
-            result.write(folder, provenance, rows)
+            asked = draw_questions(benchmark.questions(), limit)
+            answers = self._answers(trainer, pl_module, name, benchmark, asked)
+            exchanged = exchange_pictures(asked) if shuffled_pictures else None
+            others = self._answers(trainer, pl_module, f"{name}, exchanged pictures", benchmark, exchanged) if exchanged else None
+            result = Result(name, step, benchmark, asked, answers, exchanged, others)
+            trainer.callback_metrics.update({key: torch.tensor(value) for key, value in result.logged().items()})
+            if trainer.is_global_zero:
+                for logger in trainer.loggers:
+                    logger.log_metrics(result.logged(), step=step)
+                tqdm.write(result.table())
+                self._show_pictures(trainer, result)
+                result.write(folder, template, self.max_new_tokens)
 
     def _answers(
-        self, trainer: Trainer, pl_module: LightningModule, name: str, benchmark: Benchmark, questions: list[Question]
+        self, trainer: Trainer, pl_module: LightningModule, title: str, benchmark: Benchmark, questions: list[Question]
     ) -> dict[str, str]:
         """The model's answer to every question, by id, on every rank."""
-        data = trainer.datamodule
+        data = trainer.datamodule  # type: ignore[attr-defined]
         batches = share(questions, trainer.global_rank, trainer.world_size, self.batch_size)
         loader = DataLoader(
             Prompts(batches, benchmark, data.preparation, data.tokenizer, data.layout),
             batch_size=None,
             num_workers=data.num_workers,
-            generator=torch.Generator(),  # else the loader draws from the generator that training draws from
+            generator=torch.Generator(),  # else the loader would draw from the generator that training draws from
         )
-        quiet = not trainer.is_global_zero or trainer.progress_bar_callback is None or not batches
+        quiet = not trainer.is_global_zero or trainer.progress_bar_callback is None
         answers: dict[str, str] = {}
         with evaluation_mode(pl_module), trainer.precision_plugin.val_step_context():
-            for documents in tqdm(loader, desc=name, unit="batch", leave=False, disable=quiet):
+            for documents in tqdm(loader, desc=title, unit="batch", leave=False, disable=quiet):
                 if isinstance(documents, RecipeError):
                     raise documents
-                texts = pl_module.generate(documents, max_new_tokens=self.max_new_tokens)
+                texts = pl_module.generate(documents, max_new_tokens=self.max_new_tokens)  # type: ignore[operator]
                 answers |= {document.sample_id: text for document, text in zip(documents, texts, strict=True)}
         if trainer.world_size == 1:
             return answers
         gathered: list[dict[str, str]] = [{}] * trainer.world_size
         torch.distributed.all_gather_object(gathered, answers)
-        return {name: answer for share in gathered for name, answer in share.items()}  # questions asked twice collapse
+        return {key: answer for of_rank in gathered for key, answer in of_rank.items()}  # a question asked twice counts once
+
+    def _show_pictures(self, trainer: Trainer, result: Result) -> None:
+        shown = [question for question in draw_questions(result.asked, self.num_pictures) if question.images]
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger) and shown:
+                sheet = answer_sheet(result.benchmark, shown, result.answers)
+                logger.experiment.add_image(f"{result.shown_name}/answers", sheet, result.step, dataformats="HWC")
 
 
 @contextmanager
@@ -198,22 +173,3 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def _accuracy_names(question: Question) -> list[str]:
-    return ["accuracy", f"accuracy/{question.group}"] if question.group else ["accuracy"]
-
-
-def _row(question: Question, answers: dict[str, str]) -> dict[str, Any]:
-    return {
-        "question_id": question.id,
-        "images": question.images,
-        "prompt": question.prompt,
-        "group": question.group,
-        "reference": question.reference,
-        "answer": answers[question.id],
-    }
-
-
-def _digest(*texts: str) -> str:
-    return hashlib.blake2b("\0".join(texts).encode(errors="surrogatepass"), digest_size=16).hexdigest()

@@ -24,7 +24,7 @@ def draw_questions(questions: list[Question], limit: int | None) -> list[Questio
 
 
 def share(questions: list[Question], rank: int, ranks: int, batch_size: int) -> list[list[Question]]:
-    """The batches of one rank: as many and as large on every rank, the longest prompts first; some questions are repeated for that."""
+    """The batches of one rank, longest prompts first: as many and as large on every rank, for which some questions are repeated."""
     ordered = sorted(questions, key=lambda question: (-len(question.prompt), question.id))
     each = -(-len(ordered) // ranks)
     mine = list(itertools.islice(itertools.cycle(ordered), rank, each * ranks, ranks))

@@ -57,7 +57,7 @@ class Benchmark(ABC):
         """The benchmark in a few words, for tables."""
 
     def score(self, answers: dict[str, str]) -> dict[str, float]:
-        """Answers by question id in, metrics out: `accuracy`, `accuracy/GROUP` and `count`, over the questions that are answered."""
+        """Answers by question id in, metrics out: `accuracy`, `accuracy/GROUP` and `count`, over what was answered."""
         if unknown := answers.keys() - {question.id for question in self.questions()}:
             raise ValueError(f"{self.describe()} has no question {sorted(unknown)[0]!r}, which was answered.")
         return exact_match([question for question in self.questions() if question.id in answers], answers)

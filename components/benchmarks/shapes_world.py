@@ -5,13 +5,13 @@ import numpy as np
 from components.benchmarks.benchmark import Benchmark, Question
 from components.conversation import IMAGE_PLACEHOLDER
 from components.errors import RecipeError
-from components.shapes_world import KINDS, Setting, draw_scene
+from components.shapes_world import Setting, draw_scene
 
 
 class ShapesWorld(Benchmark):
     """Nothing in, questions about scenes drawn by the program out: one of each kind a scene; scored by exact match.
 
-    The kinds, which are the groups: color, shape, count, existence, relation. A kind is left out where the scene does not allow it.
+    The kinds (color, shape, count, ...) are the groups. A kind is left out where a scene does not allow it.
 
     Args:
         setting: How hard the world is.
@@ -34,16 +34,13 @@ class ShapesWorld(Benchmark):
         self._questions = []
         for number in range(self.num_scenes):
             random = self._random(number)
-            asked = draw_scene(self.setting, random, held_out_pairs=True).questions(random)
-            first = {question.kind: question for question in reversed(asked)}
             self._questions += [
-                Question(f"{number}-{kind}", f"{IMAGE_PLACEHOLDER}\n{first[kind].text}", (str(number),), first[kind].answer, kind)
-                for kind in KINDS
-                if kind in first
+                Question(f"{number}-{q.kind}", f"{IMAGE_PLACEHOLDER}\n{q.text}", (str(number),), q.answer, q.kind)
+                for q in draw_scene(self.setting, random, held_out_pairs=True).one_of_each_kind(random)
             ]
 
     def questions(self) -> list[Question]:
-        """Up to five for each scene."""
+        """At most one of each kind for each scene."""
         return self._questions
 
     def read_image(self, name: str) -> bytes:

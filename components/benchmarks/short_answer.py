@@ -1,7 +1,7 @@
 """ShortAnswer: a benchmark from one annotation file and a folder of pictures.
 
-Source: the question files of LLaVA-1.5 (github.com/haotian-liu/LLaVA, commit c121f0432, docs/Evaluation.md) with the answer added, and
-its conversation files (docs/Finetune_Custom_Data.md).
+Source: the question files of LLaVA-1.5 (github.com/haotian-liu/LLaVA, commit c121f0432, docs/Evaluation.md) with the answer added,
+and its conversation files (docs/Finetune_Custom_Data.md).
 """
 
 from pathlib import Path
@@ -17,8 +17,8 @@ class ShortAnswer(Benchmark):
     """Annotations and pictures in, questions with short answers out; scored by exact match.
 
     Args:
-        annotations: JSON or JSONL file. Either `image`, `text` and `answer` (optional `question_id`, `category`), or LLaVA conversations
-            of one question and one answer (`conversations`, optional `id`, `image`, `group`).
+        annotations: JSON or JSONL file: records with `image`, `text` and `answer` (optional `question_id`, `category`), or LLaVA
+            conversations of one question and one answer (`conversations`; optional `id`, `image`, `group`).
         images: Folder that picture names are relative to.
 
     Raises:
@@ -41,7 +41,7 @@ class ShortAnswer(Benchmark):
         self._questions = []
         for index, record in enumerate(records):
             try:
-                question = _question(record, index)
+                question = _question(record, index + 1)
             except BadSample as error:
                 raise RecipeError(f"{records.where(index)}: {error}") from error
             if question.id in places:
@@ -51,7 +51,7 @@ class ShortAnswer(Benchmark):
                 )
             places[question.id] = index
             self._questions.append(question)
-        self._look_for_pictures(records, places)
+        self._look_for_pictures(records)
 
     def questions(self) -> list[Question]:
         """One for each record of the file, in its order."""
@@ -69,42 +69,33 @@ class ShortAnswer(Benchmark):
         """File and folder."""
         return f"{self.annotations} with pictures in {self.images}"
 
-    def _look_for_pictures(self, records: Annotations, places: dict[str, int]) -> None:
-        first = {name: question for question in reversed(self._questions) for name in question.images}
-        missing = [name for name in first if not Path(self.images, name).is_file()]
-        if missing:
-            question = min((first[name] for name in missing), key=lambda question: places[question.id])
-            name = next(name for name in question.images if name in missing)
+    def _look_for_pictures(self, records: Annotations) -> None:
+        first: dict[str, int] = {}
+        for index, question in enumerate(self._questions):
+            for name in question.images:
+                first.setdefault(name, index)
+        if missing := [name for name in first if not Path(self.images, name).is_file()]:
             raise RecipeError(
-                f"{len(missing)} of {len(first)} pictures of {self.annotations} are missing in {self.images} (key images), the first "
-                f"is {name} of {records.where(places[question.id])}, id {question.id}. Download them, or correct the folder."
+                f"{records.where(first[missing[0]])}: picture {missing[0]} is not in {self.images} (key images), and with it "
+                f"{len(missing)} of {len(first)} pictures are missing. Download them, or correct the folder."
             )
 
 
-def _question(record: dict[str, Any], index: int) -> Question:
-    conversation = "conversations" in record
-    question = _from_conversation(record, index) if conversation else _from_question_and_answer(record, index)
-    if not isinstance(question.group, str):
-        raise BadSample(f"`{'group' if conversation else 'category'}` must be a text; it is {str(question.group)[:80]}.")
-    placeholders = question.prompt.count(IMAGE_PLACEHOLDER)
-    if placeholders != len(question.images):
-        raise BadSample(
-            f"id {question.id} has {placeholders} <image> placeholder(s) but {len(question.images)} image(s). Make them as many."
-        )
-    return question
-
-
-def _from_question_and_answer(record: dict[str, Any], index: int) -> Question:
-    if missing := [key for key in ("image", "text", "answer") if not isinstance(record.get(key), str)]:
-        raise BadSample(
-            f"{', '.join(missing)} missing or not a text. A record needs image, text and answer, or LLaVA's `conversations`."
-        )
-    prompt = f"{IMAGE_PLACEHOLDER}\n{record['text']}"
-    return Question(str(record.get("question_id", index)), prompt, (record["image"],), record["answer"], record.get("category", ""))
-
-
-def _from_conversation(record: dict[str, Any], index: int) -> Question:
-    turns, images = parse_llava(record)
-    if [turn.role for turn in turns] != ["user", "assistant"]:
-        raise BadSample(f"a benchmark needs one question and one answer, but the conversation has {len(turns)} turns.")
-    return Question(str(record.get("id", index)), turns[0].text, tuple(images), turns[1].text, record.get("group", ""))
+def _question(record: dict[str, Any], number: int) -> Question:
+    if "conversations" in record:
+        turns, images = parse_llava(record)
+        if [turn.role for turn in turns] != ["user", "assistant"]:
+            raise BadSample(f"a benchmark needs one question and one answer, but the conversation has {len(turns)} turns.")
+        name, group, prompt, reference = "id", "group", turns[0].text, turns[1].text
+    else:
+        if missing := [key for key in ("image", "text", "answer") if not isinstance(record.get(key), str)]:
+            raise BadSample(
+                f"{', '.join(missing)} missing or not a text. A record needs image, text and answer, or LLaVA's `conversations`."
+            )
+        name, group, images = "question_id", "category", [record["image"]]
+        prompt, reference = f"{IMAGE_PLACEHOLDER}\n{record['text']}", record["answer"]
+    if not isinstance(record.get(group, ""), str):
+        raise BadSample(f"`{group}` must be a text; it is {str(record[group])[:80]}.")
+    if prompt.count(IMAGE_PLACEHOLDER) != len(images):
+        raise BadSample(f"{prompt.count(IMAGE_PLACEHOLDER)} <image> placeholder(s) but {len(images)} image(s). Make them equal.")
+    return Question(str(record.get(name, f"record {number}")), prompt, tuple(images), reference, record.get(group, ""))

@@ -206,3 +206,11 @@ def test_damaged_bytes_raise_nothing_but_bad_image(format: str) -> None:
         except BadImage:
             refused += 1
     assert refused
+
+
+@pytest.mark.parametrize("shape", [(40, 10), (10, 40), (16, 16)])
+def test_squash_is_one_resize_of_the_whole_picture(shape):
+    pixels = np.random.default_rng(0).integers(0, 256, (shape[1], shape[0], 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    expected = np.asarray(image.resize((16, 16), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    assert np.array_equal(to_square(image, 16, "squash"), expected)

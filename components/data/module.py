@@ -1,0 +1,196 @@
+"""InstructionData: weighted sources in, packed micro-batches out, in an order that depends on nothing but seed and position."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lightning import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch.utils.data import DataLoader
+
+from components.batch import Batch
+from components.conversation import Turn
+from components.data.micro_batches import FromStep, MicroBatches, Preparation, TrainBatches, ValidationBatches
+from components.data.order import Mixture
+from components.data.sources import Sample, Source
+from components.errors import RecipeError
+from components.images import Decoding, SquareMode
+from components.tokenizer import load_tokenizer
+
+QUARANTINE = "quarantine.jsonl"
+
+say = rank_zero_only(print)
+
+
+class InstructionData(LightningDataModule):
+    """Conversations with pictures from weighted sources in, packed batches out.
+
+    Args:
+        sources: Name of each source and the source; the name stands in `val/loss/NAME` and in messages.
+        template: Conversation template: plain, vicuna_v1, llama_2 or brief.
+        global_batch_size: Samples in an optimizer step, over all ranks and micro-batches; a multiple of ranks x accumulation.
+        seed: Decides the order of the samples and the randomness inside them, >= 0.
+        decoding: `llava` ignores EXIF rotation and drops alpha, `upright` rotates and composites on white.
+        image_mode: `pad` to a square with the mean color, `crop` the center, or `squash` both sides.
+        max_length: Most tokens of a document; whole turns are dropped from its end to fit.
+        max_bad_samples: Different samples that each rank may skip because they cannot be used, listed in quarantine.jsonl; one more ends the run.
+        num_workers: Worker processes that prepare batches, on each rank; 0 prepares them in the main process.
+
+    Raises:
+        RecipeError: Batch sizes that do not divide, a source that cannot be opened, too many bad samples.
+    """
+
+    def __init__(
+        self,
+        sources: dict[str, Source],
+        template: str,
+        global_batch_size: int,
+        seed: int = 0,
+        decoding: Decoding = "upright",
+        image_mode: SquareMode = "pad",
+        max_length: int = 2048,
+        max_bad_samples: int = 0,
+        num_workers: int = 2,
+    ) -> None:
+        super().__init__()
+        if not sources or global_batch_size < 1 or seed < 0 or max_bad_samples < 0 or num_workers < 0:
+            raise RecipeError(
+                f"data: {len(sources)} sources and global_batch_size = {global_batch_size} must be at least 1, seed = {seed}, "
+                f"max_bad_samples = {max_bad_samples} and num_workers = {num_workers} at least 0."
+            )
+        self.sources = sources
+        self.global_batch_size = global_batch_size
+        self.seed = seed
+        self.max_bad_samples = max_bad_samples
+        self.num_workers = num_workers
+        self.preparation = Preparation(template, decoding, image_mode, max_length)
+        self.bad_samples: set[str] = set()
+
+    @property
+    def validation_names(self) -> list[str]:
+        """Sources that have a validation loader, in the order of the loaders."""
+        return [name for name, source in self.sources.items() if source.validation_fraction]
+
+    def setup(self, stage: str) -> None:
+        """Open the sources and learn the model's format."""
+        if hasattr(self, "mixture"):
+            return
+        trainer = self.trainer
+        self.micro_batches = trainer.accumulate_grad_batches
+        smallest = trainer.world_size * self.micro_batches
+        if self.global_batch_size % smallest:
+            raise RecipeError(
+                f"data.global_batch_size = {self.global_batch_size} is not a multiple of {trainer.world_size} ranks x "
+                f"{self.micro_batches} accumulated micro-batches = {smallest}. Change one of the three."
+            )
+        self.layout = trainer.lightning_module.sample_format()
+        self.tokenizer = load_tokenizer(self.layout.tokenizer)
+        self.quarantine = Path(trainer.log_dir or ".") / QUARANTINE  # log_dir talks to all ranks; a bad sample is one rank's
+        self._try_preparation()
+        for name, source in self.sources.items():
+            try:
+                source.setup()
+            except RecipeError as error:
+                raise RecipeError(f"data.sources.{name}: {error}") from error
+        sources = list(self.sources.values())
+        self.mixture = Mixture([source.weight for source in sources], [len(s.train_indices) for s in sources], self.seed)
+        if stage == "fit":
+            self._announce()
+
+    def train_dataloader(self) -> DataLoader:
+        """Packed micro-batches of the whole run, from the optimizer step that the trainer has reached."""
+        steps = self.trainer.max_steps
+        if steps < 1:
+            raise RecipeError("max_steps is not set. Every recipe states how many optimizer steps it trains.")
+        batches = self._batches(TrainBatches, mixture=self.mixture, global_batch_size=self.global_batch_size)
+        return self._loader(batches, sampler=FromStep(self.trainer.global_step, steps, self.micro_batches))
+
+    def val_dataloader(self) -> list[DataLoader]:
+        """One loader for each source that holds samples out."""
+        size = self.global_batch_size // (self.trainer.world_size * self.micro_batches)
+        return [
+            self._loader(self._batches(ValidationBatches, name, batch_size=size, seed=self.seed), shuffle=False)
+            for name in self.validation_names
+        ]
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Count the samples that could not be used, write them down, stop when they are too many."""
+        for reason in batch.bad_samples:
+            if reason in self.bad_samples:  # known from an earlier epoch or validation
+                continue
+            self.bad_samples.add(reason)
+            if len(self.bad_samples) > self.max_bad_samples:
+                allowed = f"{len(self.bad_samples)} bad samples on this rank, data.max_bad_samples = {self.max_bad_samples} allowed"
+                raise RecipeError(f"{reason}\n({allowed}; raise it to skip such samples)")
+            self.quarantine.parent.mkdir(parents=True, exist_ok=True)
+            with self.quarantine.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": self.trainer.global_step, "rank": self.trainer.global_rank, "reason": reason}) + "\n")
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """What decides the order; the position itself is the trainer's step."""
+        return {"order": self._order()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse to continue in another order.
+
+        Raises:
+            RecipeError: The data or the global batch differ from those of the checkpoint.
+        """
+        saved, now = state_dict["order"], self._order()
+        changed = [f"{key}: {saved.get(key)} -> {now.get(key)}" for key in {**saved, **now} if saved.get(key) != now.get(key)]
+        if changed:
+            raise RecipeError(
+                "The checkpoint was written with other data, so its position in it has no meaning here:\n  "
+                + "\n  ".join(changed)
+                + "\nRestore the data, or start a new run with --run NAME and model.initial_weights."
+            )
+
+    def _try_preparation(self) -> None:
+        """A template that does not suit the tokenizer shows here, not in a worker at the first sample."""
+        shortest = Sample("x", [Turn("user", "x"), Turn("assistant", "x")], [])
+        try:
+            self.preparation.document(shortest, self.tokenizer, self.layout)
+        except RecipeError as error:
+            raise RecipeError(f"data.template = {self.preparation.template}, even for a question of one letter: {error}") from error
+
+    def _order(self) -> dict[str, Any]:
+        order: dict[str, Any] = {"seed": self.seed, "global_batch_size": self.global_batch_size}
+        for name, source in self.sources.items():
+            digest = hashlib.blake2b(source.train_indices.tobytes(), digest_size=8).hexdigest()
+            order[f"sources.{name}"] = f"weight {source.weight}, {source.fingerprint()}, {len(source.train_indices)} samples {digest}"
+        return order
+
+    def _batches(self, kind: Callable[..., MicroBatches], source: str | None = None, **fields: Any) -> MicroBatches:
+        return kind(
+            sources=list(self.sources.values()) if source is None else [self.sources[source]],
+            preparation=self.preparation,
+            layout=self.layout,
+            tokenizer=self.tokenizer,
+            rank=self.trainer.global_rank,
+            ranks=self.trainer.world_size,
+            micro_batches=self.micro_batches,
+            **fields,
+        )
+
+    def _loader(self, batches: MicroBatches, **options: Any) -> DataLoader:
+        return DataLoader(
+            batches,
+            batch_size=None,  # an item is a whole packed batch
+            num_workers=self.num_workers,
+            pin_memory=self.trainer.strategy.root_device.type == "cuda",
+            prefetch_factor=4 if self.num_workers else None,
+            **options,
+        )
+
+    def _announce(self) -> None:
+        drawn = self.trainer.max_steps * self.global_batch_size
+        total = int(self.mixture.quotas.sum())
+        for (name, source), size, quota in zip(self.sources.items(), self.mixture.sizes, self.mixture.quotas, strict=True):
+            share = int(quota) / total
+            say(
+                f"data {name}: {size:,} samples of {source.describe()}; {share:.1%} of the mixture, "
+                f"{drawn * share / size:.2f} epochs in {self.trainer.max_steps:,} steps"
+            )

@@ -1,0 +1,153 @@
+"""Every recipe, and every overlay on every recipe it names, becomes a model on the meta device, a trainer and callbacks."""
+
+import math
+import re
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import Callback, Trainer
+from recipe_book import COMMANDS, ROOT, flat, instantiate, resolve
+
+from components.data import InstructionData
+from components.shapes_world import WORDS
+from components.tokenizer import WordTokenizer, load_tokenizer
+from components.vlm import VisionLanguageModel
+
+RUNS = sorted(COMMANDS)
+ON_THIS_MACHINE = (
+    "--trainer.accelerator=cpu",
+    "--trainer.devices=1",
+    "--trainer.num_nodes=1",
+    "--trainer.strategy=auto",
+    "--trainer.precision=32-true",
+    "--trainer.logger=false",
+)
+
+CLIP_224, CLIP_336, CLIP_336_WHOLE, SIGLIP = 290_581_504, 290_909_184, 303_505_408, 397_745_440
+LLAMA_7B, LLAMA_13B = 6_738_415_616, 13_015_864_320
+SIZES = {
+    "quickstart": (355_872, 18_624, 403_488, 16),
+    "quickstart+projector_depth_3": (355_872, 27_936, 403_488, 16),
+    "quickstart+projector_linear": (355_872, 9_312, 403_488, 16),
+    "quickstart+projector_pixel_shuffle": (355_872, 46_272, 403_488, 4),
+    "quickstart+projector_resampler_8": (355_872, 233_568, 403_488, 8),
+    "shapes_world_exam": (826_368, 33_024, 947_840, 64),
+    "own_pictures": (826_368, 33_024, 919_680, 64),
+    "llava15_7b": (CLIP_336, 20_979_712, LLAMA_7B, 576),
+    "llava15_7b+feature_layer_last": (CLIP_336_WHOLE, 20_979_712, LLAMA_7B, 576),
+    "llava15_7b+projector_depth_3": (CLIP_336, 37_761_024, LLAMA_7B, 576),
+    "llava15_7b+projector_linear": (CLIP_336, 4_198_400, LLAMA_7B, 576),
+    "llava15_7b+projector_pixel_shuffle": (CLIP_336, 33_562_624, LLAMA_7B, 144),
+    "llava15_7b+projector_resampler_64": (CLIP_336, 29_454_336, LLAMA_7B, 64),
+    "llava15_7b+resolution_224": (CLIP_224, 20_979_712, LLAMA_7B, 256),
+    "llava15_7b+tower_siglip": (SIGLIP, 21_504_000, LLAMA_7B, 729),
+    "llava15_13b": (CLIP_336, 31_467_520, LLAMA_13B, 576),
+    "meta_llava_13b": (CLIP_224, 31_467_520, LLAMA_13B, 256),
+    "meta_llava_13b+resolution_336": (CLIP_336, 31_467_520, LLAMA_13B, 576),
+}
+"""Parameters of tower, projector and decoder, and visual tokens of a picture. Both stages of a model have one row; an overlay
+without a row has its recipe's. The tower has 23 of CLIP's 24 blocks: 303,507,456 parameters less a block and the last norm."""
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    def refuse(*arguments):
+        raise AssertionError(f"a recipe was built over the network: {arguments[1:]}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture(scope="module")
+def opened_files():
+    """Every file that is opened, as the interpreter reports it."""
+    opened: list[str] = []
+    listening = True
+
+    def listen(event, arguments):
+        if listening and event == "open" and isinstance(arguments[0], str):
+            opened.append(arguments[0])
+
+    sys.addaudithook(listen)  # cannot be removed, only told to be silent
+    yield opened
+    listening = False
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_every_command_builds_without_files_or_network(run, opened_files):
+    opened_files.clear()
+    with torch.device("meta"):
+        parts = instantiate((*COMMANDS[run], *ON_THIS_MACHINE))
+        model = parts.model
+        model.build()
+    interpreter = [Path(folder).resolve() for folder in (sys.prefix, sys.base_prefix, "/dev", "/proc")]
+    allowed = [ROOT, *interpreter]
+    strangers = [path for path in map(Path, opened_files) if not any(path.resolve().is_relative_to(folder) for folder in allowed)]
+    assert strangers == []
+
+    assert isinstance(model, VisionLanguageModel) and isinstance(parts.data, InstructionData)
+    assert all(isinstance(parts[section], Callback) for section in ("warmup", "checkpoint", "validation", "throughput"))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    sizes = [sum(parameter.numel() for parameter in part.parameters()) for part in model.parts.values()]
+    model_name = re.sub("_(pretrain|finetune)", "", run)
+    expected = SIZES.get(model_name, SIZES[model_name.partition("+")[0]])
+    assert (*sizes, model.sample_format().tokens_per_image) == expected
+
+    trainer = Trainer(**{**parts.trainer, "callbacks": [parts.warmup, parts.checkpoint, parts.validation, parts.throughput]})
+    assert trainer.max_steps == resolve(COMMANDS[run]).max_steps
+    assert trainer.world_size == 1
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_batch_and_machine_agree(run):
+    resolved = resolve(COMMANDS[run])
+    trainer = resolved.trainer
+    ranks = trainer.devices * trainer.num_nodes
+    if trainer.strategy != "auto":
+        strategy = trainer.strategy.init_args
+        assert strategy.replicas * strategy.shards == ranks
+        assert strategy.shards == trainer.devices, "a copy of the model stays inside a node"
+    assert resolved.data.global_batch_size % (ranks * trainer.accumulate_grad_batches) == 0
+    assert trainer.use_distributed_sampler is False
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_the_warmup_ends(run):
+    parts, max_steps = instantiate(COMMANDS[run]), resolve(COMMANDS[run]).max_steps
+    warmup = parts.warmup.num_steps(max_steps)
+    assert 0 < warmup <= max_steps / 8
+    assert parts.warmup.factor(warmup, max_steps) == 1
+    assert parts.warmup.factor(max_steps, max_steps) == pytest.approx(parts.warmup.floor)
+
+
+@pytest.mark.parametrize("run", [run for run in RUNS if "finetune" in run and "no_alignment" not in run])
+def test_a_stage_continues_the_model_of_its_first_stage(run):
+    later = resolve(COMMANDS[run])
+    folder, first_run = later.model.initial_weights.split("/")
+    assert folder == "runs" and first_run in COMMANDS
+    first = resolve(COMMANDS[first_run])
+    for part in ("vision_tower", "projector", "decoder"):
+        assert flat(first.model[part]) == flat(later.model[part])
+
+
+@pytest.mark.parametrize("run", [run for run in RUNS if "llava" not in run])
+def test_a_model_from_scratch_fits_its_words_and_pictures(run):
+    parts = instantiate(COMMANDS[run])
+    decoder = parts.model.decoder
+    assert isinstance(decoder.tokenizer, WordTokenizer)
+    assert len(load_tokenizer(decoder.tokenizer)) == decoder.vocab_size
+    assert decoder.weights is None and parts.model.vision_tower.pretrained is None
+    for setting in [source.setting for source in parts.data.sources.values() if hasattr(source, "setting")]:
+        assert tuple(decoder.tokenizer.words) == WORDS
+        assert setting.image_size == parts.model.vision_tower.image_size
+        assert {benchmark.setting for benchmark in parts.validation.benchmarks.values()} == {setting}
+
+
+def test_steps_are_whole_epochs():
+    pairs = {"meta_llava_13b_pretrain": 600e6, "llava15_7b_pretrain": 558_128, "llava15_7b_finetune": 665_298}
+    pairs |= {"llava15_13b_pretrain": 558_128, "llava15_13b_finetune": 665_298, "meta_llava_13b_finetune": 3 * 157_712 / 0.75}
+    for run, samples in pairs.items():
+        resolved = resolve(COMMANDS[run])
+        assert resolved.max_steps == math.ceil(samples / resolved.data.global_batch_size), run
