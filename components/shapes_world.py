@@ -21,7 +21,7 @@ HELD_OUT_PAIRS = frozenset({("red", "cross"), ("green", "triangle"), ("blue", "c
 """Pairs of color and shape that no training scene shows and evaluation scenes do."""
 
 WORDS = tuple(
-    "Q: A: what color shape is the how many are there picture a at left or right above below of object objects yes no and "
+    "Q: A: what color shape is the how many are there picture a at left or right above below of where object objects yes no and "
     "describe 0 1 2 3 4 5 top bottom center top-left top-right bottom-left bottom-right".split()
 ) + (*COLORS, *SHAPES)
 """Every word that a scene's questions, answers and caption use: for a `WordTokenizer`."""
@@ -102,7 +102,7 @@ class Scene:
     def caption(self) -> str:
         """Every object with its place, in reading order."""
         ordered = sorted(self.things, key=lambda thing: (thing.row, thing.column))
-        return " and ".join(f"a {thing.color} {thing.shape} at the {_PLACES[self.setting.grid][thing.row][thing.column]}" for thing in ordered)
+        return " and ".join(f"a {thing.color} {thing.shape} at the {self._place(thing)}" for thing in ordered)
 
     def shows_held_out_pair(self) -> bool:
         """Whether an object is of a color and shape that training never shows together."""
@@ -114,22 +114,21 @@ class Scene:
         A scene is asked what stands at its places, or what is there, or how things lie to one another, but not all at once: told that
         the red object is left of the blue one, a model would read what colors there are in the text instead of looking at the picture.
         """
-        subjects = [self._at_places, self._what_is_there] + [self._relations] * (len(self.things) > 1)
+        subjects = (self._at_places, self._what_is_there, self._by_color)
         asked = subjects[random.integers(len(subjects))](random)
         return [asked[i] for i in random.permutation(len(asked))]
 
     def one_of_each_kind(self, random: np.random.Generator) -> list[Question]:
         """A question of every kind that the scene allows, drawn at random: an exam."""
-        asked = self._at_places(random) + self._what_is_there(random) + self._relations(random)
+        asked = self._at_places(random) + self._what_is_there(random) + self._by_color(random)
         drawn = {asked[i].kind: asked[i] for i in random.permutation(len(asked))}
         return [drawn[kind] for kind in KINDS if kind in drawn]
 
     def _at_places(self, random: np.random.Generator) -> list[Question]:
         asked = []
         for thing in self.things:
-            place = _PLACES[self.setting.grid][thing.row][thing.column]
-            asked.append(Question("color", f"what color is the object at the {place}", thing.color))
-            asked.append(Question("shape", f"what shape is the object at the {place}", thing.shape))
+            asked.append(Question("color", f"what color is the object at the {self._place(thing)}", thing.color))
+            asked.append(Question("shape", f"what shape is the object at the {self._place(thing)}", thing.shape))
         return asked
 
     def _what_is_there(self, random: np.random.Generator) -> list[Question]:
@@ -143,16 +142,26 @@ class Scene:
                     asked.append(Question("existence", text, "yes" if present else "no"))
         return asked
 
-    def _relations(self, random: np.random.Generator) -> list[Question]:
+    def _by_color(self, random: np.random.Generator) -> list[Question]:
         asked = []
+        for thing in self.things:
+            if random.random() < 0.5:
+                asked.append(Question("shape", f"what shape is the {thing.color} object", thing.shape))
+            else:
+                asked.append(Question("place", f"where is the {thing.color} object", self._place(thing)))
+        relations = []
         for first, second in itertools.permutations(self.things, 2):
+            pair = f"is the {first.color} object {{}} the {second.color} object"
             if first.column != second.column:
                 answer = "left" if first.column < second.column else "right"
-                asked.append(Question("relation", f"is the {first.color} object left or right of the {second.color} object", answer))
+                relations.append(Question("relation", pair.format("left or right of"), answer))
             if first.row != second.row:
                 answer = "above" if first.row < second.row else "below"
-                asked.append(Question("relation", f"is the {first.color} object above or below the {second.color} object", answer))
-        return [asked[i] for i in random.permutation(len(asked))[:2]]
+                relations.append(Question("relation", pair.format("above or below"), answer))
+        return asked + [relations[i] for i in random.permutation(len(relations))[:2]]
+
+    def _place(self, thing: Thing) -> str:
+        return _PLACES[self.setting.grid][thing.row][thing.column]
 
 
 def draw_scene(setting: Setting, random: np.random.Generator, held_out_pairs: bool) -> Scene:

@@ -229,7 +229,8 @@ class VisionLanguageModel(LightningModule):
         totals = self.trainer.strategy.reduce(self.validation_totals, reduce_op="sum")
         for name, (loss, count) in zip(self.trainer.datamodule.validation_names, totals, strict=True):
             if count > 0:
-                self.log(f"val/loss/{name}", loss / count, rank_zero_only=True)
+                # summed over ranks already: sync_dist reduces nothing here, it only keeps Lightning from recommending it
+                self.log(f"val/loss/{name}", loss / count, rank_zero_only=True, sync_dist=True)
 
     def configure_optimizers(self) -> Optimizer:
         """AdamW with one group per trained part for matrices and one, without decay, for norms, biases and other vectors."""

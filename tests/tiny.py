@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from components.batch import IGNORE_INDEX, IMAGE_TOKEN_ID, Batch, Document, pack
+from components.data.micro_batches import FromStep
 from components.decoder import HuggingFaceDecoder
 from components.projector import MLP
 from components.tokenizer import WordTokenizer
@@ -129,7 +130,7 @@ def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor],
 
 
 class Prepared(LightningDataModule):
-    """Packed micro-batches of this rank, ready made."""
+    """Packed micro-batches of this rank, ready made; a resumed run gets the rest of them."""
 
     def __init__(self, train: list[Batch], validation: dict[str, list[Batch]] | None = None) -> None:
         super().__init__()
@@ -141,14 +142,12 @@ class Prepared(LightningDataModule):
         return list(self.validation)
 
     def train_dataloader(self) -> DataLoader:
-        return _loader(self.train)
+        accumulate = self.trainer.accumulate_grad_batches
+        rest = FromStep(self.trainer.global_step, len(self.train) // accumulate, accumulate)
+        return DataLoader(self.train, batch_size=None, sampler=rest)  # type: ignore[arg-type]
 
     def val_dataloader(self) -> list[DataLoader]:
-        return [_loader(batches) for batches in self.validation.values()]
-
-
-def _loader(batches: list[Batch]) -> DataLoader:
-    return DataLoader(batches, batch_size=None, shuffle=False)  # type: ignore[arg-type]
+        return [DataLoader(batches, batch_size=None) for batches in self.validation.values()]  # type: ignore[arg-type]
 
 
 class Record(Callback):

@@ -46,7 +46,9 @@ class Preparation:
                 break
             turns = turns[: len(turns) - 1 - (turns[-1].role == "assistant")]
             if not turns or sum(turn.text.count("<image>") for turn in turns) != len(sample.images):
-                raise BadSample(f"longer than data.max_length = {self.max_length} tokens even without its last turns. Raise max_length.")
+                raise BadSample(
+                    f"longer than data.max_length = {self.max_length} tokens even without its last turns. Raise max_length."
+                )
         return Document(sample.id, ids, labels, self.pixels(sample.images, layout))
 
     def prompt(self, sample: Sample, tokenizer: PreTrainedTokenizerBase, layout: SampleFormat) -> Document:
@@ -110,7 +112,7 @@ class MicroBatches(Dataset):
                 try:
                     documents.append(self.preparation.document(sample, self.tokenizer, self.layout))
                 except BadSample as error:
-                    raise BadSample(f"{source.describe()}, id {sample.id}: {error}") from error
+                    raise BadSample(f"{source.where(index)}, id {sample.id}: {error}") from error
             except BadSample as error:
                 bad.append(str(error))
                 documents.append(null_document(self.layout, self.tokenizer, f"null of {source.describe()} {index}"))
@@ -136,7 +138,8 @@ class TrainBatches(MicroBatches):
         draws = [self.mixture.draw(slot) for slot in slots]
         indices = [int(self.sources[draw.source].train_indices[draw.index]) for draw in draws]
         lengths = [
-            self.sources[draw.source].length(index, self.layout.tokens_per_image) for draw, index in zip(draws, indices, strict=True)
+            self.sources[draw.source].length(index, self.layout.tokens_per_image)
+            for draw, index in zip(draws, indices, strict=True)
         ]
         mine = deal(lengths, self.ranks, self.micro_batches)[micro_batch][self.rank]
         return self.batch([(self.sources[draws[i].source], indices[i], self.mixture.sample_stream(slots[i])) for i in mine])

@@ -35,7 +35,8 @@ class InstructionData(LightningDataModule):
         decoding: `llava` ignores EXIF rotation and drops alpha, `upright` rotates and composites on white.
         image_mode: `pad` to a square with the mean color, `crop` the center, or `squash` both sides.
         max_length: Most tokens of a document; whole turns are dropped from its end to fit.
-        max_bad_samples: Different samples that each rank may skip because they cannot be used, listed in quarantine.jsonl; one more ends the run.
+        max_bad_samples: Different samples that each rank may skip because they cannot be used, listed in quarantine.jsonl; one
+            more ends the run.
         num_workers: Worker processes that prepare batches, on each rank; 0 prepares them in the main process.
 
     Raises:
@@ -126,7 +127,9 @@ class InstructionData(LightningDataModule):
                 raise RecipeError(f"{reason}\n({allowed}; raise it to skip such samples)")
             self.quarantine.parent.mkdir(parents=True, exist_ok=True)
             with self.quarantine.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": self.trainer.global_step, "rank": self.trainer.global_rank, "reason": reason}) + "\n")
+                file.write(
+                    json.dumps({"step": self.trainer.global_step, "rank": self.trainer.global_rank, "reason": reason}) + "\n"
+                )
         return batch
 
     def state_dict(self) -> dict[str, Any]:
@@ -160,7 +163,9 @@ class InstructionData(LightningDataModule):
         order: dict[str, Any] = {"seed": self.seed, "global_batch_size": self.global_batch_size}
         for name, source in self.sources.items():
             digest = hashlib.blake2b(source.train_indices.tobytes(), digest_size=8).hexdigest()
-            order[f"sources.{name}"] = f"weight {source.weight}, {source.fingerprint()}, {len(source.train_indices)} samples {digest}"
+            order[f"sources.{name}"] = (
+                f"weight {source.weight}, {source.fingerprint()}, {len(source.train_indices)} samples {digest}"
+            )
         return order
 
     def _batches(self, kind: Callable[..., MicroBatches], source: str | None = None, **fields: Any) -> MicroBatches:

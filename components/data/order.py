@@ -1,7 +1,7 @@
-"""The order of the data as pure functions: slot -> (source, epoch, sample), and the deal of a step's slots to ranks and micro-batches.
+"""The order of the data as pure functions: slot -> (source, epoch, sample), and a step's slots -> ranks and micro-batches.
 
-Position in the data is one integer, the slot: optimizer step k with global batch G is exactly the slots [kG, (k+1)G), for any number
-of ranks. All randomness is Philox, keyed by what it decides.
+Position in the data is one integer, the slot: optimizer step k with global batch G is exactly the slots [kG, (k+1)G), for any
+number of ranks. All randomness is Philox, keyed by what it decides.
 """
 
 import heapq

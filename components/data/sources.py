@@ -54,7 +54,8 @@ class Source(ABC):
             raise RecipeError(f"{self.describe()}: no sample is left to train on. Lower validation_fraction.")
         if self.validation_fraction and not len(self.validation_indices):
             raise RecipeError(
-                f"{self.describe()}: validation_fraction {self.validation_fraction} holds out none of {len(held_out)} samples. Raise it."
+                f"{self.describe()}: validation_fraction {self.validation_fraction} holds out none of {len(held_out)} samples. "
+                "Raise it."
             )
 
     @abstractmethod
@@ -72,6 +73,10 @@ class Source(ABC):
     @abstractmethod
     def length(self, index: int, tokens_per_image: int) -> int:
         """About how many tokens the sample becomes."""
+
+    def where(self, index: int) -> str:
+        """Where the sample at an index stands, for error messages."""
+        return f"{self.describe()}, sample {index}"
 
     @abstractmethod
     def describe(self) -> str:
@@ -97,7 +102,9 @@ class _Folder:
         try:
             return (self.path / name).read_bytes()
         except OSError as error:
-            raise BadSample(f"picture {self.path / name} cannot be read ({error.strerror}). Restore it or remove the sample.") from error
+            raise BadSample(
+                f"picture {self.path / name} cannot be read ({error.strerror}). Restore it or remove the sample."
+            ) from error
 
 
 class LlavaConversations(Source):
@@ -133,7 +140,11 @@ class LlavaConversations(Source):
             turns, images = parse_llava(record)
             return Sample(name, turns, [self.folder.read(image) for image in images])
         except BadSample as error:
-            raise BadSample(f"{self.records.where(index)}, id {name}: {error}") from error
+            raise BadSample(f"{self.where(index)}, id {name}: {error}") from error
+
+    def where(self, index: int) -> str:
+        """File and line."""
+        return self.records.where(index)
 
     def length(self, index: int, tokens_per_image: int) -> int:
         """Estimated from the size of the record."""
@@ -154,7 +165,8 @@ class QuestionAnswers(Source):
     Args:
         annotations: The JSONL file.
         images: Folder that picture names are relative to.
-        questions_per_sample: Most questions about one picture in one conversation, >= 1; drawn anew, in a new order, in every epoch.
+        questions_per_sample: Most questions about one picture in one conversation, >= 1; drawn anew, in a new order, in every
+            epoch.
         weight: Relative weight in the mixture, > 0.
         validation_fraction: Share of the pictures that is never trained on and gives `val/loss`, in [0, 1).
     """
@@ -182,7 +194,8 @@ class QuestionAnswers(Source):
         for index, record in enumerate(self.records):
             if missing := [key for key in ("image", "text", "answer") if not isinstance(record.get(key), str)]:
                 raise RecipeError(
-                    f"{self.records.where(index)}: {', '.join(missing)} missing or not a text. Each line needs image, text and answer."
+                    f"{self.records.where(index)}: {', '.join(missing)} missing or not a text. "
+                    "Each line needs image, text and answer."
                 )
             names.append(record["image"])
         groups = _group_numbers(names)
@@ -203,11 +216,15 @@ class QuestionAnswers(Source):
         turns = []
         for number, record in enumerate(records):
             turns += [Turn("user", record["text"] if number else f"<image>\n{record['text']}"), Turn("assistant", record["answer"])]
-        name = str(records[0].get("question_id", rows[0]))
+        name = str(self.records[int(rows[0])].get("question_id", rows[0]))
         try:
             return Sample(name, turns, [self.folder.read(records[0]["image"])])
         except BadSample as error:
-            raise BadSample(f"{self.records.where(int(chosen[0]))}, id {name}: {error}") from error
+            raise BadSample(f"{self.where(index)}, id {name}: {error}") from error
+
+    def where(self, index: int) -> str:
+        """File and line of the first question about the picture."""
+        return self.records.where(int(self.rows(index)[0]))
 
     def length(self, index: int, tokens_per_image: int) -> int:
         """Estimated from the size of the rows."""
@@ -248,8 +265,8 @@ class ShapesWorld(Source):
         super().__init__(weight, validation_fraction)
         if num_scenes < 1 or questions_per_scene < 1 or seed < 0:
             raise RecipeError(
-                f"data.sources: num_scenes {num_scenes} and questions_per_scene {questions_per_scene} must be at least 1, seed {seed} at "
-                "least 0."
+                f"data.sources: num_scenes {num_scenes} and questions_per_scene {questions_per_scene} must be at least 1, "
+                f"seed {seed} at least 0."
             )
         self.setting = setting
         self.num_scenes = num_scenes

@@ -29,12 +29,12 @@ ON_THIS_MACHINE = (
 CLIP_224, CLIP_336, CLIP_336_WHOLE, SIGLIP = 290_581_504, 290_909_184, 303_505_408, 397_745_440
 LLAMA_7B, LLAMA_13B = 6_738_415_616, 13_015_864_320
 SIZES = {
-    "quickstart": (355_872, 18_624, 403_488, 16),
-    "quickstart+projector_depth_3": (355_872, 27_936, 403_488, 16),
-    "quickstart+projector_linear": (355_872, 9_312, 403_488, 16),
-    "quickstart+projector_pixel_shuffle": (355_872, 46_272, 403_488, 4),
-    "quickstart+projector_resampler_8": (355_872, 233_568, 403_488, 8),
-    "shapes_world_exam": (826_368, 33_024, 947_840, 64),
+    "quickstart": (355_872, 18_624, 401_184, 16),
+    "quickstart+projector_depth_3": (355_872, 27_936, 401_184, 16),
+    "quickstart+projector_linear": (355_872, 9_312, 401_184, 16),
+    "quickstart+projector_pixel_shuffle": (355_872, 46_272, 401_184, 4),
+    "quickstart+projector_resampler_8": (355_872, 233_568, 401_184, 8),
+    "shapes_world_exam": (826_368, 33_024, 944_768, 64),
     "own_pictures": (826_368, 33_024, 919_680, 64),
     "llava15_7b": (CLIP_336, 20_979_712, LLAMA_7B, 576),
     "llava15_7b+feature_layer_last": (CLIP_336_WHOLE, 20_979_712, LLAMA_7B, 576),

@@ -1,0 +1,76 @@
+"""Two processes of a distributed run, started once and given one function after another, with a limit on how long each may take."""
+
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch.multiprocessing as multiprocessing
+
+
+class Pair:
+    """Functions in, their results on both ranks out. After an error or a hang, new processes are started."""
+
+    def __init__(self) -> None:
+        self.processes: list[Any] = []
+
+    def run(self, function: Callable, *arguments: Any, seconds: float = 60) -> list[Any]:
+        """Call `function(*arguments)` in both processes, which know their rank as LOCAL_RANK."""
+        if not self.processes:
+            self._start()
+        for pipe in self.pipes:
+            pipe.send((function, arguments))
+        deadline = time.monotonic() + seconds
+        results = []
+        for rank, pipe in enumerate(self.pipes):
+            if not pipe.poll(max(0.0, deadline - time.monotonic())):
+                results.append((False, f"rank {rank} did not finish within {seconds} s"))
+            else:
+                try:
+                    results.append(pipe.recv())
+                except EOFError:
+                    results.append((False, f"rank {rank} died"))
+            if not results[-1][0]:
+                deadline = time.monotonic() + 1  # the other one may be waiting for it
+        if not all(succeeded for succeeded, _ in results):
+            self.close()
+            raise AssertionError("\n".join(str(result) for succeeded, result in results if not succeeded))
+        return [result for _, result in results]
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+        self.processes = []
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        ends = [context.Pipe() for _ in range(2)]
+        self.pipes = [ours for ours, _ in ends]
+        self.processes = [context.Process(target=_serve, args=(rank, port, theirs), daemon=True) for rank, (_, theirs) in enumerate(ends)]
+        for process in self.processes:
+            process.start()
+        for _, theirs in ends:
+            theirs.close()
+
+
+def _serve(rank: int, port: int, pipe: Connection) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0", GLOO_SOCKET_IFNAME="lo")
+    while True:
+        try:
+            function, arguments = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((True, function(*arguments)))
+        except BaseException:
+            pipe.send((False, f"rank {rank}: {traceback.format_exc()}"))

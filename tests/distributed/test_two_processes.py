@@ -1,0 +1,213 @@
+"""Two processes compute what one computes: DDP and FSDP2, clipping, accumulation, ranks without pictures, checkpoints, generation."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import Callback
+from pair import Pair
+from tiny import (
+    ALL,
+    DECODER_FROZEN,
+    TOWER_FROZEN,
+    Prepared,
+    Record,
+    assert_equal,
+    built_model,
+    tiny_document,
+    tiny_documents,
+    tiny_model,
+    tiny_trainer,
+    weights,
+)
+
+from callbacks.checkpoint import Checkpoint
+from components.batch import pack
+from components.checkpoint_files import load_weights
+from components.errors import RecipeError
+from components.run_folder import RECIPE, checkpoint_folder
+from components.sharding import HybridSharding
+
+RATES = {"all": ALL, "tower_frozen": TOWER_FROZEN, "decoder_frozen": DECODER_FROZEN}
+FSDP = {"replicas": 1, "shards": 2, "param_dtype": "float32"}
+HYBRID = {"replicas": 2, "shards": 1, "param_dtype": "float32"}
+STRATEGIES = {"ddp": None, "fsdp": FSDP, "hybrid": HYBRID}
+
+# optimizer steps of four documents: rank 0 has the first two, rank 1 the others
+STEPS = [
+    [tiny_document(3, (0,)), tiny_document(15, (5,)), tiny_document(5, (1,)), tiny_document(9, (0, 4))],
+    [tiny_document(12), tiny_document(7), tiny_document(4, (3,)), tiny_document(20, (2,))],  # no picture on rank 0
+    [tiny_document(8, (2,)), tiny_document(4, (1,)), tiny_document(21), tiny_document(6, (0, 0), targets=0)],
+    [tiny_document(6), tiny_document(9), tiny_document(3), tiny_document(10)],  # no picture anywhere
+]
+HELD_OUT = [[tiny_document(9, (1,)), tiny_document(5)], [tiny_document(4, targets=0), tiny_document(12, (3,))]]
+
+
+@pytest.fixture(scope="module")
+def pair():
+    pair = Pair()
+    yield pair
+    pair.close()
+
+
+def micro_batches(accumulate, ranks, rank):
+    """The documents of every step, dealt to ranks and micro-batches."""
+    size = 4 // ranks // accumulate
+    mine = [step[rank * 4 // ranks : (rank + 1) * 4 // ranks] for step in STEPS]
+    return [pack(step[start : start + size]) for step in mine for start in range(0, len(step), size)]
+
+
+def train(rates, ranks, strategy, accumulate, clip, callbacks=(), **options):
+    """A training run with validation on this rank; weights, the values logged at each step and the validation losses."""
+    rank = int(os.environ["LOCAL_RANK"]) if ranks == 2 else 0
+    held_out = {"other": [pack(HELD_OUT[rank])] if ranks == 2 else [pack(step) for step in HELD_OUT]}
+    options |= {"strategy": "ddp" if strategy is None else HybridSharding(**strategy)} if ranks == 2 else {}
+    model, record = tiny_model(rates, weight_decay=0.1), Record()
+    trainer = tiny_trainer(
+        accumulate,
+        callbacks=[record, *callbacks],
+        devices=ranks,
+        gradient_clip_val=clip,
+        limit_val_batches=1.0,
+        val_check_interval=2 * accumulate,
+        **options,
+    )
+    trainer.fit(model, datamodule=Prepared(micro_batches(accumulate, ranks, rank), held_out))
+    assert trainer.global_step == len(STEPS)
+    return weights(model), record.steps, {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("val")}
+
+
+@pytest.mark.parametrize("rates", RATES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(("accumulate", "clip"), [(1, None), (2, 0.3)])
+def test_two_processes_equal_one(pair, strategy, rates, accumulate, clip):
+    expected, their_steps, their_losses = train(RATES[rates], 1, None, 1, clip)
+    results = pair.run(train, RATES[rates], 2, STRATEGIES[strategy], accumulate, clip)
+    for ours, steps, losses in results:
+        for name in ("train/loss", "norm/gradient"):
+            assert [step[name] for step in steps] == pytest.approx([step[name] for step in their_steps], rel=1e-5)
+        assert_equal(ours, expected, 1e-4)
+        assert losses == pytest.approx(their_losses, rel=1e-5)
+    assert set(their_losses) == {"val/loss/other"}
+
+
+def test_bfloat16_computation_with_float32_shards(pair):
+    _, expected, _ = train(TOWER_FROZEN, 1, None, 1, 1.0)
+    for ours, steps, losses in pair.run(train, TOWER_FROZEN, 2, {**FSDP, "param_dtype": "bfloat16"}, 2, 1.0):
+        assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in ours.values())
+        difference = [abs(step["train/loss"] - theirs["train/loss"]) for step, theirs in zip(steps, expected, strict=True)]
+        assert 0 < max(difference) < 0.1
+        assert all(0 < loss < 10 for loss in losses.values())
+
+
+def sharded_run(folder, strategy):
+    checkpoint = Checkpoint(every_n_steps=2)
+    return train(TOWER_FROZEN, 2, strategy, 2, None, [checkpoint], enable_checkpointing=True, default_root_dir=folder)[0]
+
+
+def resumed_run(folder, state):
+    rank = int(os.environ["LOCAL_RANK"])
+    model = tiny_model(TOWER_FROZEN, weight_decay=0.1)
+    trainer = tiny_trainer(2, devices=2, strategy=HybridSharding(**FSDP), default_root_dir=folder)
+    trainer.fit(model, datamodule=Prepared(micro_batches(2, 2, rank)), ckpt_path=state)
+    assert trainer.global_step == len(STEPS)
+    return weights(model)
+
+
+def test_sharded_checkpoint_loads_into_a_whole_model_and_resumes(pair, tmp_path):
+    (tmp_path / RECIPE).write_text("model: tiny\n")
+    expected = pair.run(sharded_run, str(tmp_path), FSDP)[0]
+    last = checkpoint_folder(tmp_path, len(STEPS))
+    assert (last / "state").is_dir()
+    model = built_model()
+    load_weights(model, last, "--ckpt")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(model).items())
+
+    halfway = checkpoint_folder(tmp_path, 2) / "state"
+    for resumed in pair.run(resumed_run, str(tmp_path), str(halfway)):
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.items())
+
+
+def second_stage(first_stage):
+    rank = int(os.environ["LOCAL_RANK"])
+    model = tiny_model(ALL, initial_weights=first_stage)
+    start = Weights()
+    trainer = tiny_trainer(callbacks=[start], devices=2, strategy=HybridSharding(**FSDP))
+    trainer.fit(model, datamodule=Prepared(micro_batches(1, 2, rank)))
+    return start.weights
+
+
+class Weights(Callback):
+    """Weights before the first step."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.weights = weights(pl_module)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_second_stage_starts_from_the_weights_of_the_first(pair, tmp_path, strategy):
+    (tmp_path / RECIPE).write_text("model: tiny\n")
+    expected = pair.run(sharded_run, str(tmp_path), STRATEGIES[strategy])[0]
+    for start in pair.run(second_stage, str(tmp_path)):
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in start.items())
+
+
+class Numbers:
+    """Ids as their numbers: random weights choose bytes that are no text."""
+
+    eos_token_id = 2
+
+    def decode(self, ids, skip_special_tokens):
+        return " ".join(str(int(one)) for one in ids)
+
+
+class Answers(Callback):
+    """Answers before the first training step, after every one, and at the end."""
+
+    def __init__(self, prompts):
+        self.prompts, self.answers = prompts, []
+
+    def on_train_start(self, trainer, pl_module):
+        pl_module.tokenizer = Numbers()
+        self._ask(pl_module)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self._ask(pl_module)
+
+    def _ask(self, model):
+        modes = {module: module.training for module in model.modules()}
+        model.eval()
+        self.answers.append(model.generate(self.prompts, max_new_tokens=6))
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def answers(strategy):
+    """What this rank's share of the prompts is answered with along a run; rank 1 has no picture."""
+    rank = 0 if strategy is None else int(os.environ["LOCAL_RANK"])
+    shares = [tiny_documents(), [tiny_document(9), tiny_document(3)]]
+    asked = Answers(shares[rank] if strategy else sum(shares, []))
+    options = {"devices": 2, "strategy": HybridSharding(**strategy)} if strategy else {}
+    data = Prepared(micro_batches(1, 2 if strategy else 1, rank))
+    tiny_trainer(callbacks=[asked], **options).fit(tiny_model(TOWER_FROZEN), datamodule=data)
+    return asked.answers
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "hybrid"])
+def test_generation_before_and_after_training_steps(pair, strategy):
+    first, second = pair.run(answers, STRATEGIES[strategy])
+    assert [ours + theirs for ours, theirs in zip(first, second, strict=True)] == answers(None)
+
+
+def wrong_mesh():
+    try:
+        tiny_trainer(devices=2, strategy=HybridSharding(replicas=2, shards=4)).fit(tiny_model(), datamodule=Prepared([]))
+    except RecipeError as error:
+        return str(error)
+
+
+def test_mesh_that_does_not_fit_the_ranks(pair):
+    for message in pair.run(wrong_mesh):
+        assert "2 replicas x 4 shards = 8 ranks" in message
+        assert "1 nodes x 2 devices" in message
