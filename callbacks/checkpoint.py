@@ -3,6 +3,7 @@
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
@@ -26,7 +27,7 @@ class Checkpoint(LightningCheckpoint):
     """
 
     def __init__(self, every_n_steps: int | None = None, every_n_minutes: float | None = None, keep: int = 2) -> None:
-        if (every_n_steps or 1) < 1 or (every_n_minutes or 1) <= 0 or keep < 1:
+        if (every_n_steps is not None and every_n_steps < 1) or (every_n_minutes is not None and every_n_minutes <= 0) or keep < 1:
             raise RecipeError(
                 f"checkpoint: every_n_steps = {every_n_steps} and keep = {keep} must be at least 1, every_n_minutes = "
                 f"{every_n_minutes} above 0, or null."
@@ -36,11 +37,17 @@ class Checkpoint(LightningCheckpoint):
         self.keep = keep
         self.last_step = -1
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Lightning counts micro-batches: count them as if the run had accumulated all along as it does from now on."""
+        counts = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+        shift = checkpoint["global_step"] * trainer.accumulate_grad_batches - counts["ready"]
+        counts.update({name: count + shift for name, count in counts.items()})
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The step that the run continues from is on disk already; minutes count from now; what a kill left half-done goes."""
         self.last_step = trainer.global_step
         self.last_time = time.monotonic()
-        checkpoints = Path(trainer.log_dir) / CHECKPOINTS  # log_dir talks to all ranks
+        checkpoints = Path(trainer.log_dir or ".") / CHECKPOINTS  # log_dir talks to all ranks
         if trainer.is_global_zero:
             for leftover in [*checkpoints.glob(f"*{UNFINISHED}"), *checkpoints.glob(f"*{DELETED}")]:
                 shutil.rmtree(leftover)
@@ -62,7 +69,7 @@ class Checkpoint(LightningCheckpoint):
         if trainer.global_step == self.last_step:
             return
         self.last_step = trainer.global_step
-        run = Path(trainer.log_dir)
+        run = Path(trainer.log_dir or ".")
         final = checkpoint_folder(run, trainer.global_step)
         unfinished = final.with_name(final.name + UNFINISHED)
         if trainer.is_global_zero:

@@ -39,12 +39,14 @@ class Throughput(Callback):
         self.counts[0] += batch.num_tokens
         self.counts[1] += len(batch.sample_ids)
         if self.peak is not None:
-            squares = (lengths.double() ** 2).sum()
+            squares = (batch.cumulative_lengths.diff().double() ** 2).sum()
             self.flops = self.flops + step_flops(
                 pl_module, self.sizes, batch.num_tokens, squares, len(batch.targets), len(batch.pixels)
             )
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: VisionLanguageModel, outputs: Any, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: VisionLanguageModel, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
         """Log at the steps that are due."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches or trainer.global_step % self.every_n_steps:
             return

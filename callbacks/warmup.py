@@ -1,7 +1,7 @@
 """Learning-rate schedule: linear warmup, then cosine, as a closed form of the optimizer step.
 
-Source: `get_cosine_schedule_with_warmup` of transformers, the schedule of LLaVA-1.5 (scripts/v1_5). Differs: the cosine may end at a
-floor above zero.
+Source: `get_cosine_schedule_with_warmup` of transformers, the schedule of LLaVA-1.5 (scripts/v1_5). Differs: the cosine may end at
+a floor above zero.
 """
 
 import math

@@ -77,6 +77,7 @@ def ask(
 def main(arguments: list[str]) -> int:
     """Parse the options of `ask` and print the answer."""
     parser = ArgumentParser(prog="python main.py ask", description="Ask a trained model about a picture.", exit_on_error=False)
-    parser.add_function_arguments(ask)
+    parser.add_function_arguments(ask, skip={"image"})
+    parser.add_argument("--image", nargs="*", default=[], help="Picture files, in the order of their places.")
     print(ask(**parser.parse_args(arguments).as_dict()))
     return 0

@@ -31,6 +31,8 @@ SECTIONS = {"warmup": Warmup, "checkpoint": Checkpoint, "validation": Validation
 KEYS = {"config", "seed_everything", "max_steps", "trainer", "model", "data", "run", "ckpt_path", *SECTIONS}
 """What may stand at the top level of a recipe."""
 
+NO_RECIPE = "No recipe given. Example: python main.py fit --config recipes/quickstart.yaml"
+
 
 class RecipeCLI(LightningCLI):
     """A recipe in, a run in its own folder out."""
@@ -42,6 +44,8 @@ class RecipeCLI(LightningCLI):
         warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)", category=FutureWarning)
         # no source holds samples out: the user's choice
         warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
+        # the order of the data is a function of the step: the loader needs no state to continue
+        warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
         # a short run logs what it logs
         warnings.filterwarnings("ignore", message="The number of training batches .* is smaller than the logging interval")
         strict = {"exit_on_error": False}
@@ -85,7 +89,8 @@ class RecipeCLI(LightningCLI):
             self.config = parser.parse_object(args)
             return
         args = sys.argv[1:] if args is None else args
-        for recipe in named_recipes(args):
+        recipes = named_recipes(args)
+        for recipe in recipes:
             # an empty section that nobody knows would pass the parser
             if unknown := [section for section in read_recipe(Path(recipe)) if section not in KEYS]:
                 raise RecipeError(f"{recipe}: {unknown[0]} is not a section of a recipe.{hint(str(unknown[0]), KEYS)}")
@@ -93,6 +98,8 @@ class RecipeCLI(LightningCLI):
             self.config = parser.parse_args(args)
         except ArgumentError as error:
             command = args[0] if args and args[0] in self.subcommands() else None
+            if command and not recipes:
+                raise RecipeError(NO_RECIPE) from error
             raise RecipeError(explain(error, [action.dest for action in self._parser(command)._actions])) from error
 
     def _get(self, config: Namespace, key: str, default: Any = None) -> Any:
@@ -109,7 +116,7 @@ class RecipeCLI(LightningCLI):
         recipes = [str(path) for path in self._get(self.config, "config") or []]
         name = self._get(self.config, "run") or run_name(recipes)
         if not name:
-            raise RecipeError("No recipe given. Example: python main.py fit --config recipes/quickstart.yaml")
+            raise RecipeError(NO_RECIPE)
         self.folder = RUNS / name
         self.step = 0
         if self.subcommand == "validate":
@@ -146,7 +153,7 @@ class RecipeCLI(LightningCLI):
             self.trainer_defaults["callbacks"] = [Overview()]
         try:
             return super().instantiate_trainer(**kwargs)
-        except MisconfigurationException as error:
+        except (MisconfigurationException, ModuleNotFoundError) as error:
             raise RecipeError(f"trainer: {error}") from error
 
     def fit(self, **kwargs: Any) -> None:

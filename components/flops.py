@@ -1,10 +1,11 @@
 """Matmul FLOPs of a training step: two per multiply-add, causal attention counted at half, recomputation left out.
 
-A frozen part costs its forward pass; a frozen part that gradients flow through, the gradients of its activations too; a trained part,
-also those of its weights. Attention has no weights, so its backward is twice its forward wherever gradients flow.
+A frozen part costs its forward pass; a frozen part that gradients flow through, the gradients of its activations too; a trained
+part, also those of its weights. Attention has no weights, so its backward is twice its forward wherever gradients flow.
 
 Source: arXiv 2204.02311 (PaLM), appendix B, for the definition of MFU. Differs: attention is causal and inside documents only, and
-only the positions that are computed count (the head runs on supervised positions alone).
+only the positions that are computed count (the head runs on supervised positions alone). Left out, as about 1 % of a large model:
+the patch embedding, class tokens, and a resampler's reading of the patches.
 """
 
 from torch import Tensor
@@ -60,7 +61,6 @@ def step_flops(
     gradients_flow = False
     for part in ("vision_tower", "projector", "decoder"):
         trained = trains[part] is not None
-        total = total + forward[part] * (1 + gradients_flow + trained)
         gradients_flow = gradients_flow or trained
-        total = total + attention[part] * (3 if gradients_flow else 1)
+        total = total + forward[part] * (1 + gradients_flow + trained) + attention[part] * (3 if gradients_flow else 1)
     return total

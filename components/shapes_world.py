@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
+from components.errors import RecipeError
+
 COLORS = {
     "red": (220, 40, 40),
     "green": (40, 160, 60),
@@ -22,7 +24,7 @@ HELD_OUT_PAIRS = frozenset({("red", "cross"), ("green", "triangle"), ("blue", "c
 
 WORDS = tuple(
     "Q: A: what color shape is the how many are there picture a at left or right above below of where object objects yes no and "
-    "describe 0 1 2 3 4 5 top bottom center top-left top-right bottom-left bottom-right".split()
+    "describe 0 1 2 3 4 5 6 top bottom center top-left top-right bottom-left bottom-right".split()
 ) + (*COLORS, *SHAPES)
 """Every word that a scene's questions, answers and caption use: for a `WordTokenizer`."""
 
@@ -51,7 +53,7 @@ class Setting:
 
     def __post_init__(self) -> None:
         if self.grid not in (2, 3) or not 1 <= self.min_objects <= self.max_objects <= min(6, self.grid**2):
-            raise ValueError(f"{self}: grid must be 2 or 3 and 1 <= min_objects <= max_objects <= min(6, grid * grid)")
+            raise RecipeError(f"ShapesWorld setting {self}: grid must be 2 or 3 and 1 <= min_objects <= max_objects <= min(6, grid * grid)")
 
     def __str__(self) -> str:
         objects = f"{self.min_objects}-{self.max_objects} objects"
@@ -135,9 +137,11 @@ class Scene:
         asked = [Question("count", "how many objects are there", str(len(self.things)))]
         for kind, names in (("color", list(COLORS)), ("shape", list(SHAPES))):
             there = {getattr(thing, kind) for thing in self.things}
-            for present in (True, False):  # as many yes as no
-                if matching := [name for name in names if (name in there) == present]:
-                    name = str(random.choice(matching))
+            shuffled = [names[i] for i in random.permutation(len(names))]
+            for _ in range(2):  # yes or no by chance, whatever the answers before
+                present = random.random() < 0.5
+                if name := next((name for name in shuffled if (name in there) == present), None):
+                    shuffled.remove(name)
                     text = f"is there a {name} object" if kind == "color" else f"is there a {name}"
                     asked.append(Question("existence", text, "yes" if present else "no"))
         return asked

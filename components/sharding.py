@@ -1,8 +1,11 @@
 """The FSDP strategy: a mesh of replicas and shards for `fully_shard`, with fp32 shards, bf16 compute and fp32 reduction.
 
-Source: PyTorch FSDP2 through Lightning's ModelParallelStrategy. Differs: the mesh may be hybrid (shard inside a node, replicate across).
+Source: PyTorch FSDP2 through Lightning's ModelParallelStrategy. Differs: the mesh may be hybrid (shard inside a node, replicate
+across), and gradients cross the nodes once per optimizer step.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Literal
 
@@ -48,8 +51,8 @@ class HybridSharding(ModelParallelStrategy):
         """Start the process group and lay the mesh over it."""
         if self.replicas * self.shards != self.num_nodes * self.num_processes:
             raise RecipeError(
-                f"trainer.strategy lays {self.replicas} replicas x {self.shards} shards = {self.replicas * self.shards} ranks, but the "
-                f"trainer has {self.num_nodes} nodes x {self.num_processes} devices. Make the two products equal."
+                f"trainer.strategy lays {self.replicas} replicas x {self.shards} shards = {self.replicas * self.shards} ranks, but "
+                f"the trainer has {self.num_nodes} nodes x {self.num_processes} devices. Make the two products equal."
             )
         super().setup_environment()
         mesh = init_device_mesh(
@@ -58,9 +61,18 @@ class HybridSharding(ModelParallelStrategy):
         mesh["replicate", "shard"]._flatten("data_parallel")  # the name under which Lightning looks for the data ranks
         self._device_mesh = self.lightning_module._device_mesh = mesh
 
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Around every micro-batch of an optimizer step but the last: gradients cross the groups once per step."""
+        self.model.set_requires_all_reduce(False)
+        try:
+            yield
+        finally:
+            self.model.set_requires_all_reduce(True)
+
 
 def shard_parts(model: LightningModule, parts: list[LightningModule], strategy: HybridSharding) -> None:
-    """Shard every block of every part, then the rest of the model, and let its steps enter the sharded root.
+    """Shard every block of every part, then the rest of the model, and let `generate` gather it as `forward` does.
 
     Args:
         model: The root, fully built.
@@ -72,5 +84,4 @@ def shard_parts(model: LightningModule, parts: list[LightningModule], strategy: 
         for block in part.blocks():
             fully_shard(block, mesh=mesh, mp_policy=strategy.policy)
     fully_shard(model, mesh=mesh, mp_policy=strategy.policy)
-    for method in ("training_step", "validation_step", "generate"):
-        register_fsdp_forward_method(model, method)
+    register_fsdp_forward_method(model, "generate")  # the steps call forward

@@ -4,6 +4,7 @@ Source: visual instruction tuning, arXiv 2304.08485 and 2310.03744. Differs: bat
 supervised tokens of the whole optimizer step, over all ranks and micro-batches.
 """
 
+import os
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
@@ -181,6 +182,11 @@ class VisionLanguageModel(LightningModule):
     def loss_sum(self, batch: Batch) -> Float[Tensor, ""]:
         """Sum of the cross-entropy over the supervised tokens of the batch."""
         return functional.cross_entropy(self(batch).float(), batch.targets, reduction="sum")
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Address randomness by position, as the data are: a run that continues draws what an uninterrupted one would."""
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))  # set by seed_everything
+        torch.manual_seed(np.random.SeedSequence([seed, batch_idx, self.global_rank]).generate_state(1)[0])
 
     def training_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, ""]:
         """Sum of the loss, scaled to cancel the averages that Lightning and the strategy take."""

@@ -73,12 +73,8 @@ def test_hints() -> None:
 
 
 def test_a_part_read_twice_shows_the_first_mistake() -> None:
-    try:
-        try:
-            raise ValueError("Option 'depht' is not accepted")
-        except ValueError:
-            raise TypeError("Config file loop detected: a.yaml -> a.yaml")
-    except TypeError as loop:
-        error = TypeError('Parser key "model.projector":\n  Config file loop detected: a.yaml -> a.yaml')
-        error.__cause__ = loop
+    loop = TypeError("Config file loop detected: a.yaml -> a.yaml")
+    loop.__context__ = ValueError("Option 'depht' is not accepted")
+    error = TypeError('Parser key "model.projector":\n  Config file loop detected: a.yaml -> a.yaml')
+    error.__cause__ = loop
     assert explain(error, []) == "model.projector: Option 'depht' is not accepted"

@@ -20,7 +20,6 @@ WORDS = WordTokenizer(["what", "color", "red", "circle"])
         "Größe 日本語 🐶",
         "a  b",
         "line\nline\t",
-        "<0x41>",
         "▁x",
         "x " * 50,
     ],

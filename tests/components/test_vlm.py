@@ -9,6 +9,7 @@ from tiny import (
     TOKENS_PER_IMAGE,
     TOWER,
     TOWER_FROZEN,
+    Numbers,
     Prepared,
     Record,
     assert_equal,
@@ -223,16 +224,6 @@ def test_validation_loss_is_weighted_by_tokens_for_each_source():
 
 
 # --- generation
-
-
-class Numbers:
-    """Ids as their numbers: random weights choose bytes that are no text."""
-
-    def __init__(self, eos_token_id=2):
-        self.eos_token_id = eos_token_id
-
-    def decode(self, ids, skip_special_tokens):
-        return " ".join(str(int(one)) for one in ids)
 
 
 def generating_model(eos_token_id=2):

@@ -53,7 +53,8 @@ class Pair:
             port = free.getsockname()[1]
         ends = [context.Pipe() for _ in range(2)]
         self.pipes = [ours for ours, _ in ends]
-        self.processes = [context.Process(target=_serve, args=(rank, port, theirs), daemon=True) for rank, (_, theirs) in enumerate(ends)]
+        arguments = [(rank, port, theirs) for rank, (_, theirs) in enumerate(ends)]
+        self.processes = [context.Process(target=_serve, args=each, daemon=True) for each in arguments]
         for process in self.processes:
             process.start()
         for _, theirs in ends:

@@ -1,7 +1,6 @@
-"""Two processes compute what one computes: DDP and FSDP2, clipping, accumulation, ranks without pictures, checkpoints, generation."""
+"""Two processes compute what one does: DDP and FSDP2, clipping, accumulation, ranks without pictures, checkpoints, generation."""
 
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from tiny import (
     ALL,
     DECODER_FROZEN,
     TOWER_FROZEN,
+    Numbers,
     Prepared,
     Record,
     assert_equal,
@@ -38,6 +38,7 @@ STRATEGIES = {"ddp": None, "fsdp": FSDP, "hybrid": HYBRID}
 STEPS = [
     [tiny_document(3, (0,)), tiny_document(15, (5,)), tiny_document(5, (1,)), tiny_document(9, (0, 4))],
     [tiny_document(12), tiny_document(7), tiny_document(4, (3,)), tiny_document(20, (2,))],  # no picture on rank 0
+    [tiny_document(6, (1,), targets=0) for _ in range(4)],  # nothing to learn from
     [tiny_document(8, (2,)), tiny_document(4, (1,)), tiny_document(21), tiny_document(6, (0, 0), targets=0)],
     [tiny_document(6), tiny_document(9), tiny_document(3), tiny_document(10)],  # no picture anywhere
 ]
@@ -92,6 +93,28 @@ def test_two_processes_equal_one(pair, strategy, rates, accumulate, clip):
     assert set(their_losses) == {"val/loss/other"}
 
 
+def sizes_of_all_reduces(accumulate):
+    """Elements of everything that FSDP2 reduces across groups in a run."""
+    sizes, real = [], torch.distributed.all_reduce
+
+    def counting(tensor, *arguments, **options):
+        sizes.append(tensor.numel())
+        return real(tensor, *arguments, **options)
+
+    torch.distributed.all_reduce = counting
+    try:
+        train(TOWER_FROZEN, 2, HYBRID, accumulate, None)
+    finally:
+        torch.distributed.all_reduce = real
+    return [size for size in sizes if size > 2]  # not the sum of the loss and the count of the tokens
+
+
+def test_gradients_cross_the_groups_once_per_optimizer_step(pair):
+    whole, accumulated = (pair.run(sizes_of_all_reduces, accumulate)[0] for accumulate in (1, 2))
+    assert whole == accumulated
+    assert len(whole) == 3 * len(STEPS)  # two decoder blocks and the rest of the model
+
+
 def test_bfloat16_computation_with_float32_shards(pair):
     _, expected, _ = train(TOWER_FROZEN, 1, None, 1, 1.0)
     for ours, steps, losses in pair.run(train, TOWER_FROZEN, 2, {**FSDP, "param_dtype": "bfloat16"}, 2, 1.0):
@@ -102,7 +125,7 @@ def test_bfloat16_computation_with_float32_shards(pair):
 
 
 def sharded_run(folder, strategy):
-    checkpoint = Checkpoint(every_n_steps=2)
+    checkpoint = Checkpoint(every_n_steps=2, keep=3)
     return train(TOWER_FROZEN, 2, strategy, 2, None, [checkpoint], enable_checkpointing=True, default_root_dir=folder)[0]
 
 
@@ -153,15 +176,6 @@ def test_second_stage_starts_from_the_weights_of_the_first(pair, tmp_path, strat
         assert all(torch.equal(tensor, expected[name]) for name, tensor in start.items())
 
 
-class Numbers:
-    """Ids as their numbers: random weights choose bytes that are no text."""
-
-    eos_token_id = 2
-
-    def decode(self, ids, skip_special_tokens):
-        return " ".join(str(int(one)) for one in ids)
-
-
 class Answers(Callback):
     """Answers before the first training step, after every one, and at the end."""
 
@@ -187,7 +201,7 @@ def answers(strategy):
     """What this rank's share of the prompts is answered with along a run; rank 1 has no picture."""
     rank = 0 if strategy is None else int(os.environ["LOCAL_RANK"])
     shares = [tiny_documents(), [tiny_document(9), tiny_document(3)]]
-    asked = Answers(shares[rank] if strategy else sum(shares, []))
+    asked = Answers(shares[rank] if strategy else [*shares[0], *shares[1]])
     options = {"devices": 2, "strategy": HybridSharding(**strategy)} if strategy else {}
     data = Prepared(micro_batches(1, 2 if strategy else 1, rank))
     tiny_trainer(callbacks=[asked], **options).fit(tiny_model(TOWER_FROZEN), datamodule=data)

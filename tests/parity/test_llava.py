@@ -94,7 +94,11 @@ def theirs():
     )
     text = LlamaConfig(**{**LLAMA, "vocab_size": LLAMA["vocab_size"] + 1})
     config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_id=THEIR_IMAGE_TOKEN, vision_feature_layer=-1, projector_hidden_act="gelu"
+        vision_config=vision,
+        text_config=text,
+        image_token_id=THEIR_IMAGE_TOKEN,
+        vision_feature_layer=-1,
+        projector_hidden_act="gelu",
     )
     return LlavaForConditionalGeneration._from_config(config, attn_implementation="eager").train()
 

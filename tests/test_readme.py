@@ -1,0 +1,167 @@
+"""The README is true: its commands parse or run, its YAML blocks are recipes, its example of a part of one's own works."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+import main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"(?:<!-- ([\w ]+) -->\n)?```(\w+)\n(.*?)```", README, re.DOTALL)
+
+TO_THEIR_EDGE = {
+    "tensorboard --logdir runs/quickstart": "serves until stopped; here it is asked for its help",
+    "torchrun --nproc_per_node 8": "needs 8 GPUs; the command behind it is resolved",
+    "srun python main.py fit": "needs a cluster; the script is read by bash -n and the command behind it resolved",
+    "recipes/meta_llava_13b": "needs a cluster; resolved",
+    "recipes/llava15": "needs GPUs and data; resolved",
+    "recipes/shapes_world_exam": "20 minutes; resolved here, run for the table",
+    "recipes/own_pictures": "needs pictures of one's own; resolved here, run on small files below",
+    "recipes/quickstart": "3 minutes; resolved here, run whole in the slow tests",
+    "NAME": "a pattern; not run",
+    "pytest": "this test run itself",
+    "source .venv": "done by the test command",
+}
+"""Commands that need a GPU, a cluster, data or many minutes, and what is tested of them instead."""
+
+
+def bash_lines():
+    for _, language, text in BLOCKS:
+        if language == "bash" and not text.startswith("#!"):
+            yield from (line for line in text.splitlines() if line.strip())
+
+
+def fit_commands():
+    joined = "\n".join(text for _, language, text in BLOCKS if language == "bash")
+    return re.findall(r"main\.py (fit --config .*)", joined)
+
+
+@pytest.mark.parametrize("command", sorted(set(fit_commands())))
+def test_fit_commands_resolve(command, monkeypatch, capsys, tmp_path):
+    gated = tmp_path / "gated.yaml"
+    gated.write_text(block_with("class_path: my_projector"))
+    (tmp_path / "my_projector.py").write_text(block_with("class GatedProjector"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(ROOT)
+    command = command.replace("recipes/projector/gated.yaml", str(gated))
+    with pytest.raises(SystemExit) as end:
+        main.main([*shlex.split(command), "--print_config"])
+    assert end.value.code == 0
+    assert {"model", "data", "trainer"} <= set(yaml.safe_load(capsys.readouterr().out))
+
+
+def test_every_command_is_known_here():
+    for line in bash_lines():
+        known = any(edge in line for edge in TO_THEIR_EDGE) or "main.py ask" in line or "main.py validate" in line
+        assert known, f"README runs '{line}': test it, or say to which edge it is tested"
+
+
+def test_quickstart_and_test_commands_are_marked():
+    marked = {mark: text for mark, _, text in BLOCKS if mark}
+    assert set(marked) == {"quickstart command", "test command"}
+    for text in marked.values():
+        assert len(text.splitlines()) == 1 and text.startswith("python3 -m venv .venv && ")
+    assert "main.py fit --config recipes/quickstart.yaml" in marked["quickstart command"]
+
+
+def test_cluster_script_is_bash():
+    script = next(text for _, language, text in BLOCKS if text.startswith("#!"))
+    assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+    tasks, nodes = (int(re.search(rf"--{key}=(\d+)", script)[1]) for key in ("ntasks-per-node", "nodes"))
+    trainer = yaml.safe_load((ROOT / "recipes/trainer/fsdp_16x8xa100.yaml").read_text())
+    assert (nodes, tasks) == (trainer["num_nodes"], trainer["devices"])
+
+
+def test_yaml_blocks_are_parts_of_recipes():
+    sections = {"seed_everything", "max_steps", "trainer", "model", "data", "warmup", "checkpoint", "validation"}
+    blocks = [yaml.safe_load(text) for _, language, text in BLOCKS if language == "yaml"]
+    assert len(blocks) >= 4
+    for block in blocks:
+        assert set(block) <= sections or set(block) == {"class_path", "init_args"}, block
+
+
+def test_overlay_block_is_the_file():
+    overlay = yaml.safe_load((ROOT / "recipes/ablations/projector_linear.yaml").read_text())
+    assert overlay == yaml.safe_load(block_with("../projector/linear.yaml"))
+
+
+def test_recipe_block_resolves(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "recipes"
+    folder.symlink_to(ROOT / "recipes")
+    text = block_with("# Line 1 asks the question")
+    for part in ("trainer", "vision_tower", "projector", "decoder", "data", "validation"):
+        text = text.replace(f" {part}/", f" {ROOT}/recipes/{part}/")
+    (tmp_path / "recipe.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main.main(["fit", "--config", "recipe.yaml", "--print_config"])
+    assert end.value.code == 0
+    assert yaml.safe_load(capsys.readouterr().out)["data"]["global_batch_size"] == 256
+
+
+def test_ask_and_tensorboard_explain_themselves(capsys):
+    with pytest.raises(SystemExit):
+        main.main(["ask", "--help"])
+    options = capsys.readouterr().out
+    for line in bash_lines():
+        if "main.py ask" in line:
+            assert all(option in options for option in re.findall(r"--\w+", line))
+    shown = subprocess.run([sys.executable, "-m", "tensorboard.main", "--helpfull"], capture_output=True, text=True, check=False)
+    assert "--logdir" in shown.stdout + shown.stderr
+
+
+SHORT = "--max_steps 2 --warmup.fraction 0 --validation.limit 4 --validation.num_pictures 2 --data.num_workers 0"
+
+
+def test_projector_of_ones_own_trains(tmp_path, monkeypatch):
+    (tmp_path / "my_projector.py").write_text(block_with("class GatedProjector"))
+    (tmp_path / "gated.yaml").write_text(block_with("class_path: my_projector"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    command = next(command for command in fit_commands() if "gated.yaml" in command)
+    command = command.replace("recipes/projector/gated.yaml", "gated.yaml").replace("recipes/", f"{ROOT}/recipes/")
+    assert main.main(shlex.split(f"{command} {SHORT}")) == 0
+    saved = yaml.safe_load((tmp_path / "runs/gated/recipe.yaml").read_text())
+    assert saved["model"]["projector"]["class_path"] == "my_projector.GatedProjector"
+
+
+def test_own_pictures_train_on_small_files(tmp_path, monkeypatch, capsys):
+    """The recipe for own data, on two pictures with the line that the README shows."""
+    line = json.loads(next(text for _, language, text in BLOCKS if language == "json"))
+    folder = tmp_path / "data/own"
+    for number, color in enumerate(("red", "blue")):
+        file = folder / "images" / line["image"].replace("17", str(number))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 20), color).save(file)
+        row = line | {"question_id": str(number), "image": str(file.relative_to(folder / "images")), "answer": str(number)}
+        for split in ("train", "eval"):
+            with (folder / f"{split}.jsonl").open("a") as rows:
+                rows.write(json.dumps(row) + "\n")
+    monkeypatch.chdir(tmp_path)
+    command = f"fit --config {ROOT}/recipes/own_pictures.yaml --data.global_batch_size 2 {SHORT}"
+    assert main.main(shlex.split(command)) == 0
+    assert re.search(r"count\s+2 ", capsys.readouterr().out)
+
+
+@pytest.mark.slow
+def test_quickstart_command_runs_whole(tmp_path, monkeypatch, capsys):
+    """What the first command trains reaches what the README says; accuracy of the whole run, not of a shorter one."""
+    monkeypatch.chdir(tmp_path)
+    assert main.main(["fit", "--config", str(ROOT / "recipes/quickstart.yaml")]) == 0
+    table = capsys.readouterr().out
+    accuracy = {row.split()[0]: float(row.split()[2]) for row in table.splitlines() if re.match(r"(color|shape|count|all)\s+\d+ ", row)}
+    assert accuracy["color"] >= 0.9 and accuracy["count"] >= 0.9 and accuracy["shape"] >= 0.75 and accuracy["all"] >= 0.8
+    blind = {row.split()[0]: [float(x) for x in row.split()[3:5]] for row in table.splitlines() if row.startswith("all ")}["all"]
+    assert blind[1] <= blind[0] + 0.05
+
+
+def block_with(words: str) -> str:
+    return next(text for _, _, text in BLOCKS if words in text)

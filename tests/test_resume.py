@@ -1,0 +1,245 @@
+"""Kill a run and start it again: it ends with the same bits, after the same samples, as if nothing had happened."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_recipe import diary, fit, write_recipe
+
+from callbacks.checkpoint import Checkpoint
+from components.errors import RecipeError
+from components.run_folder import complete_checkpoints
+
+ROOT = Path(__file__).parent.parent
+DIARY = {"callbacks": [{"class_path": "tests.small_recipe.Diary"}], "enable_progress_bar": False}
+LONG = {"max_steps": 9, "trainer": {**DIARY, "accumulate_grad_batches": 2, "val_check_interval": 6}}
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def steps(run: str) -> list[int]:
+    return [int(folder.name.removeprefix("step_")) for folder in complete_checkpoints(Path("runs") / run)]
+
+
+def state(run: str) -> dict[str, Any]:
+    return torch.load(complete_checkpoints(Path("runs") / run)[-1] / "state", weights_only=False)
+
+
+def assert_same(ours: Any, theirs: Any, where: str = "") -> None:
+    """Equal in structure, and to the last bit."""
+    assert type(ours) is type(theirs), where
+    if isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs), where
+    elif isinstance(ours, dict):
+        assert ours.keys() == theirs.keys(), where
+        for key in ours:
+            assert_same(ours[key], theirs[key], f"{where}.{key}")
+    elif isinstance(ours, list | tuple):
+        assert len(ours) == len(theirs), where
+        for number, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
+            assert_same(mine, other, f"{where}.{number}")
+    else:
+        assert ours == theirs, where
+
+
+def assert_same_run(continued: str, whole: str) -> None:
+    ours, theirs = state(continued), state(whole)
+    for key in ("state_dict", "optimizer_states", "global_step"):
+        assert_same(ours[key], theirs[key], key)
+    position = "epoch_loop.batch_progress"
+    assert_same(ours["loops"]["fit_loop"][position]["current"], theirs["loops"]["fit_loop"][position]["current"], position)
+
+
+def assert_same_diary(continued: str, whole: str, checkpoint: int, written: int) -> None:
+    """What a run wrote before it ended and what it wrote after its checkpoint is what the whole run wrote there."""
+    ours, theirs = diary(Path("runs") / continued), diary(Path("runs") / whole)
+    assert ours[:written] == theirs[:written]
+    after = [entry for entry in ours[written:] if entry["step"] > checkpoint]
+    assert after == [entry for entry in theirs if entry["step"] > checkpoint]
+    assert {entry["what"] for entry in after} == {"train", "validation"}
+
+
+def killed(recipe: Path, checkpoint: Path) -> None:
+    """The real command, killed without warning some time after a checkpoint has appeared."""
+    command = [sys.executable, str(ROOT / "main.py"), "fit", "--config", str(recipe)]
+    with subprocess.Popen(
+        command, env={**os.environ, "PAUSE": "0.15"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
+        until = time.monotonic() + 60
+        while not checkpoint.exists() and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.02)
+        time.sleep(0.4)
+        process.send_signal(signal.SIGKILL)
+        output = process.communicate()[0].decode()
+    assert process.returncode == -signal.SIGKILL, output
+
+
+def test_a_killed_run_continues_to_the_same_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit(write_recipe(tmp_path / "whole.yaml", **LONG)) == 0
+    recipe = write_recipe(tmp_path / "killed.yaml", **LONG)
+    killed(recipe, Path("runs/killed/checkpoints/step_00000004"))
+    newest, written = steps("killed")[-1], len(diary(Path("runs/killed")))
+    assert 4 <= newest < 9
+    capsys.readouterr()
+    assert fit(recipe) == 0
+    assert f"run runs/killed continues at step {newest} of 9" in capsys.readouterr().out
+    assert_same_run("killed", "whole")
+    assert_same_diary("killed", "whole", newest, written)
+
+
+@pytest.mark.parametrize(("crash", "checkpoint"), [("5", 4), ("6", 6), ("8", 8)])
+def test_a_crashed_run_continues_to_the_same_bits(
+    crash: str, checkpoint: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"max_steps": 9, "trainer": {**DIARY, "val_check_interval": 3}}
+    assert fit(write_recipe(tmp_path / "whole.yaml", **options)) == 0
+    recipe = write_recipe(tmp_path / "crashed.yaml", **options)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setenv("CRASH", crash)
+        fit(recipe)
+    assert steps("crashed")[-1] == checkpoint
+    written = len(diary(Path("runs/crashed")))
+    assert fit(recipe) == 0
+    assert_same_run("crashed", "whole")
+    assert_same_diary("crashed", "whole", checkpoint, written)
+
+
+@pytest.mark.parametrize(("before", "after", "crash"), [(1, 2, 5), (4, 1, 5), (2, 4, 5), (4, 2, 3)])
+def test_a_run_may_continue_with_another_accumulation(
+    before: int, after: int, crash: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when it moves to another number of devices: the same samples in every step, and the same weights up to rounding."""
+    recipe = tmp_path / "moved.yaml"
+    assert fit(write_recipe(tmp_path / "whole.yaml", max_steps=8, trainer=DIARY)) == 0
+    write_recipe(recipe, max_steps=8, trainer=DIARY | {"accumulate_grad_batches": before})
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setenv("CRASH", str(crash))
+        fit(recipe)
+    write_recipe(recipe, max_steps=8, trainer=DIARY | {"accumulate_grad_batches": after})
+    assert fit(recipe) == 0
+    left = 8 - (crash - 1)
+
+    def samples(run: str) -> list[list[str]]:
+        """Samples of the optimizer steps from the checkpoint on."""
+        entries = [entry for entry in diary(Path("runs") / run) if entry["what"] == "train"]
+        accumulate = after if run == "moved" else 1
+        entries = entries[-left * accumulate :]
+        return [sorted(name for e in entries[n * accumulate :][:accumulate] for name in e["samples"]) for n in range(left)]
+
+    assert samples("moved") == samples("whole")
+    moved = state("moved")
+    assert (moved["global_step"], moved["epoch"]) == (8, 0)
+    assert moved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["ready"] == 8 * after
+    for name, weights in state("whole")["state_dict"].items():
+        torch.testing.assert_close(moved["state_dict"][name], weights, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_a_finished_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = write_recipe(tmp_path / "small.yaml", trainer=DIARY)
+    assert fit(recipe) == 0
+    written = diary(Path("runs/small"))
+    capsys.readouterr()
+    assert fit(recipe) == 0
+    output = capsys.readouterr().out
+    assert "runs/small is finished: step 4 of 4. Start another with --run NAME." in output
+    assert "python main.py ask --ckpt runs/small" in output
+    assert diary(Path("runs/small")) == written
+
+
+def test_a_changed_recipe_is_refused_with_its_difference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit(write_recipe(tmp_path / "small.yaml", trainer=DIARY)) == 0
+    recipe = write_recipe(tmp_path / "small.yaml", trainer=DIARY, model={"learning_rates": {"projector": 2e-3}}, data={"seed": 5})
+    assert fit(recipe) == 2
+    message = capsys.readouterr().err.splitlines()
+    assert message[0] == "error: runs/small was trained with another recipe:"
+    assert message[1:3] == ["  model.learning_rates.projector: 0.001 -> 0.002", "  data.seed: 0 -> 5"]
+    assert "--run NAME" in message[3]
+    assert fit(recipe, "--run", "faster") == 0
+    assert steps("faster") == [2, 4]
+    assert "2e-3" in Path("runs/faster/recipe.yaml").read_text() or "0.002" in Path("runs/faster/recipe.yaml").read_text()
+
+
+def test_how_it_runs_may_change(tmp_path: Path) -> None:
+    assert fit(write_recipe(tmp_path / "small.yaml", trainer=DIARY)) == 0
+    freer = {"trainer": DIARY | {"log_every_n_steps": 2, "logger": False}, "checkpoint": {"keep": 5}, "data": {"num_workers": 1}}
+    assert fit(write_recipe(tmp_path / "small.yaml", **freer)) == 0
+
+
+def test_what_a_kill_left_half_written_is_ignored_and_goes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = write_recipe(tmp_path / "small.yaml", trainer=DIARY, max_steps=4)
+    assert fit(recipe) == 0
+    checkpoints = Path("runs/small/checkpoints")
+    (checkpoints / "step_00000004").rename(checkpoints / "step_00000004.unfinished")
+    (checkpoints / "step_00000002").joinpath("note").touch()
+    (checkpoints / "step_00000001.deleted").mkdir()
+    capsys.readouterr()
+    assert fit(recipe) == 0
+    assert "continues at step 2 of 4" in capsys.readouterr().out
+    assert sorted(folder.name for folder in checkpoints.iterdir()) == ["step_00000002", "step_00000004"]
+    assert (checkpoints / "step_00000002" / "note").exists()
+
+
+def test_a_run_without_a_logger_lives_in_its_folder_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = write_recipe(tmp_path / "small.yaml", trainer=DIARY | {"logger": False})
+    assert fit(recipe) == 0
+    assert steps("small") == [2, 4]
+    assert {path.name for path in tmp_path.iterdir()} == {"small.yaml", "runs"}
+    assert fit(recipe) == 0
+    assert "is finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "kept"),
+    [
+        ({"every_n_steps": 1, "keep": 3}, [5, 6, 7]),
+        ({"every_n_steps": 3, "keep": 1}, [7]),
+        ({"every_n_steps": 3, "keep": 9}, [3, 6, 7]),
+        ({"every_n_steps": None}, [7]),
+        ({"every_n_steps": None, "every_n_minutes": 1e-9, "keep": 9}, [1, 2, 3, 4, 5, 6, 7]),
+        ({"every_n_steps": 5, "every_n_minutes": 60.0}, [5, 7]),
+    ],
+)
+def test_when_checkpoints_are_written_and_how_many_are_kept(checkpoint: dict[str, Any], kept: list[int], tmp_path: Path) -> None:
+    assert (
+        fit(write_recipe(tmp_path / "small.yaml", max_steps=7, trainer={"enable_progress_bar": False}, checkpoint=checkpoint)) == 0
+    )
+    assert steps("small") == kept
+    assert {folder.name for folder in Path("runs/small/checkpoints").iterdir()} == {f"step_{step:08d}" for step in kept}
+    for folder in complete_checkpoints(Path("runs/small")):
+        assert {file.name for file in folder.iterdir()} == {"state", "recipe.yaml"}
+
+
+def test_minutes_count_between_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Clock:
+        now = 0.0
+
+        def monotonic(self) -> float:
+            self.now += 20.0  # seconds a look
+            return self.now
+
+    monkeypatch.setattr("callbacks.checkpoint.time", Clock())
+    recipe = write_recipe(
+        tmp_path / "small.yaml",
+        max_steps=9,
+        trainer={"enable_progress_bar": False},
+        checkpoint={"every_n_steps": None, "every_n_minutes": 1.0, "keep": 9},
+    )
+    assert fit(recipe) == 0
+    assert steps("small") == [3, 6, 9]
+
+
+@pytest.mark.parametrize("values", [{"every_n_steps": 0}, {"every_n_minutes": 0.0}, {"every_n_minutes": -1.0}, {"keep": 0}])
+def test_values_out_of_range_are_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match=next(iter(values))):
+        Checkpoint(**values)
