@@ -7,11 +7,12 @@ across), and gradients cross the nodes once per optimizer step.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
@@ -64,24 +65,24 @@ class HybridSharding(ModelParallelStrategy):
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
         """Around every micro-batch of an optimizer step but the last: gradients cross the groups once per step."""
-        self.model.set_requires_all_reduce(False)
+        model: Any = self.model
+        model.set_requires_all_reduce(False)
         try:
             yield
         finally:
-            self.model.set_requires_all_reduce(True)
+            model.set_requires_all_reduce(True)
 
 
-def shard_parts(model: LightningModule, parts: list[LightningModule], strategy: HybridSharding) -> None:
-    """Shard every block of every part, then the rest of the model, and let `generate` gather it as `forward` does.
+def shard(model: LightningModule, blocks: list[nn.Module]) -> None:
+    """Shard every block, then the rest of the model, and let `generate` gather it as `forward` does.
 
     Args:
-        model: The root, fully built.
-        parts: Its parts; `blocks()` of each are units of their own.
-        strategy: Gives the mesh and the dtypes.
+        model: The root, fully built, with a trainer whose strategy is `HybridSharding`.
+        blocks: Modules inside it that are gathered one after another.
     """
-    mesh = model.device_mesh["replicate", "shard"] if strategy.replicas > 1 else model.device_mesh["shard"]
-    for part in parts:
-        for block in part.blocks():
-            fully_shard(block, mesh=mesh, mp_policy=strategy.policy)
-    fully_shard(model, mesh=mesh, mp_policy=strategy.policy)
+    strategy: Any = model.trainer.strategy
+    mesh: Any = model.device_mesh
+    mesh = mesh["replicate", "shard"] if strategy.replicas > 1 else mesh["shard"]
+    for module in [*blocks, model]:
+        fully_shard(module, mesh=mesh, mp_policy=strategy.policy)
     register_fsdp_forward_method(model, "generate")  # the steps call forward

@@ -23,7 +23,7 @@ from components.checkpoint_files import load_initial_weights
 from components.decoder import Decoder
 from components.errors import RecipeError
 from components.projector import Projector
-from components.sharding import shard_parts
+from components.sharding import shard
 from components.tokenizer import load_tokenizer
 from components.vision_tower import VisionTower
 
@@ -86,7 +86,7 @@ class VisionLanguageModel(LightningModule):
             )
 
     @property
-    def parts(self) -> dict[str, LightningModule]:
+    def parts(self) -> dict[str, VisionTower | Projector | Decoder]:
         """The three parts by their names in the recipe."""
         return {"vision_tower": self.vision_tower, "projector": self.projector, "decoder": self.decoder}
 
@@ -135,7 +135,7 @@ class VisionLanguageModel(LightningModule):
             load_initial_weights(self, self.initial_weights)
         self.set_trainable()  # again: reading weights may have made new parameters
         if self.device_mesh is not None:
-            shard_parts(self, list(self.parts.values()), self.trainer.strategy)
+            shard(self, [block for part in self.parts.values() for block in part.blocks()])
         self.built = True
 
     def on_fit_start(self) -> None:
@@ -228,12 +228,13 @@ class VisionLanguageModel(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Forget the sums of the last validation."""
-        self.validation_totals = torch.zeros(len(self.trainer.datamodule.validation_names), 2, device=self.device)
+        self.validation_names: list[str] = self.trainer.datamodule.validation_names  # type: ignore[attr-defined]
+        self.validation_totals = torch.zeros(len(self.validation_names), 2, device=self.device)
 
     def on_validation_epoch_end(self) -> None:
         """Log the token-weighted loss of each source, over all ranks."""
         totals = self.trainer.strategy.reduce(self.validation_totals, reduce_op="sum")
-        for name, (loss, count) in zip(self.trainer.datamodule.validation_names, totals, strict=True):
+        for name, (loss, count) in zip(self.validation_names, totals, strict=True):
             if count > 0:
                 # summed over ranks already: sync_dist reduces nothing here, it only keeps Lightning from recommending it
                 self.log(f"val/loss/{name}", loss / count, rank_zero_only=True, sync_dist=True)
@@ -250,7 +251,7 @@ class VisionLanguageModel(LightningModule):
             ):
                 if members:
                     groups.append({"params": members, "lr": rate, "weight_decay": decay, "name": name + suffix})
-        return AdamW(groups, betas=self.betas, fused=self.device.type == "cuda")
+        return AdamW(groups, betas=self.betas, fused=True)
 
     # --- generation
 

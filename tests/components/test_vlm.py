@@ -6,6 +6,7 @@ from lightning import Callback
 from tiny import (
     ALL,
     DECODER_FROZEN,
+    LLAMA,
     TOKENS_PER_IMAGE,
     TOWER,
     TOWER_FROZEN,
@@ -24,8 +25,10 @@ from tiny import (
 )
 
 from components.batch import IMAGE_TOKEN_ID, pack
+from components.decoder import HuggingFaceDecoder
 from components.errors import RecipeError
 from components.projector import MLP, Resampler
+from components.tokenizer import WordTokenizer
 from components.vlm import LearningRates
 
 RATES = {"all": ALL, "tower_frozen": TOWER_FROZEN, "decoder_frozen": DECODER_FROZEN, "tower_only": LearningRates(vision_tower=1e-3)}
@@ -65,7 +68,7 @@ def test_without_pictures_every_trained_parameter_has_a_gradient(rates):
 def test_frozen_parts(rates):
     model = built_model(rates)
     grad_modes = []
-    model.vision_tower.register_forward_hook(lambda module, args, output: grad_modes.append(output.requires_grad))
+    model.vision_tower.register_forward_hook(lambda *arguments: grad_modes.append(torch.is_grad_enabled()))
     model.loss_sum(tiny_batch()).backward()
     assert grad_modes == [rates.vision_tower is not None]
     for name, part in model.parts.items():
@@ -73,6 +76,13 @@ def test_frozen_parts(rates):
         assert all(module.training == trained for module in part.modules())
         assert all(parameter.requires_grad == trained for parameter in part.parameters())
         assert all((parameter.grad is not None) == trained for parameter in part.parameters())
+
+
+def test_frozen_decoder_with_weights_of_its_own(tmp_path):
+    """Reading weights makes new parameters, which must be frozen too."""
+    built_model().decoder.lm.save_pretrained(tmp_path)
+    model = built_model(DECODER_FROZEN, decoder=HuggingFaceDecoder(LLAMA, WordTokenizer(), weights=str(tmp_path)))
+    assert not any(parameter.requires_grad for parameter in model.decoder.parameters())
 
 
 class Modes(Callback):
