@@ -2,6 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -16,9 +17,10 @@ class Overview(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print parts, dtypes and folder."""
-        rates = asdict(pl_module.learning_rates)
+        model: Any = pl_module
+        rates = asdict(model.learning_rates)
         say(f"{'part':14}{'parameters':>16}  peak learning rate")
-        for name, part in pl_module.parts.items():
+        for name, part in model.parts.items():
             count = sum(p.numel() for p in part.parameters())
             say(f"{name:14}{count:>16,}  {'frozen' if rates[name] is None else rates[name]}")
         storage = str(next(pl_module.parameters()).dtype).removeprefix("torch.")

@@ -4,12 +4,11 @@ import time
 from typing import Any
 
 import torch
-from lightning import Callback, Trainer
+from lightning import Callback, LightningModule, Trainer
 
 from components.batch import Batch
 from components.errors import RecipeError
 from components.flops import matmul_parameters, peak_flops, step_flops
-from components.vlm import VisionLanguageModel
 
 
 class Throughput(Callback):
@@ -25,16 +24,18 @@ class Throughput(Callback):
             raise RecipeError(f"throughput: every_n_steps = {every_n_steps} must be >= 1, peak_tflops = {peak_tflops} > 0 or null.")
         self.every_n_steps = every_n_steps
         self.peak_tflops = peak_tflops
+        self.flops: Any = 0.0  # a float, or a number on the device
 
-    def on_train_start(self, trainer: Trainer, pl_module: VisionLanguageModel) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look up what does not change."""
-        self.sizes = matmul_parameters(pl_module)
+        self.model: Any = pl_module
+        self.sizes = matmul_parameters(self.model)
         device = pl_module.device
         known = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self.peak = self.peak_tflops * 1e12 if self.peak_tflops else known
         self._restart()
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: VisionLanguageModel, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         """Count; everything counted is known to the host."""
         self.counts[0] += batch.num_tokens
         self.counts[1] += len(batch.sample_ids)
@@ -44,9 +45,7 @@ class Throughput(Callback):
                 pl_module, self.sizes, batch.num_tokens, squares, len(batch.targets), len(batch.pixels)
             )
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: VisionLanguageModel, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Log at the steps that are due."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches or trainer.global_step % self.every_n_steps:
             return
@@ -63,5 +62,5 @@ class Throughput(Callback):
 
     def _restart(self) -> None:
         self.counts = [0, 0]
-        self.flops: float | torch.Tensor = 0.0
+        self.flops = 0.0
         self.started = time.perf_counter()

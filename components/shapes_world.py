@@ -10,12 +10,12 @@ from PIL import Image, ImageDraw
 from components.errors import RecipeError
 
 COLORS = {
-    "red": (220, 40, 40),
-    "green": (40, 160, 60),
-    "blue": (40, 80, 220),
-    "yellow": (240, 200, 30),
-    "purple": (150, 60, 190),
-    "black": (30, 30, 30),
+    "red": (255, 80, 80),
+    "green": (80, 220, 90),
+    "blue": (80, 130, 255),
+    "yellow": (250, 220, 80),
+    "purple": (200, 100, 255),
+    "white": (250, 250, 250),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
 KINDS = ("color", "shape", "count", "existence", "relation")
@@ -28,6 +28,7 @@ WORDS = tuple(
 ) + (*COLORS, *SHAPES)
 """Every word that a scene's questions, answers and caption use: for a `WordTokenizer`."""
 
+_BACKGROUND = (90, 90, 90)  # darker than every object, and near zero once normalised: empty patches keep their positions
 _OVERSAMPLING = 4  # drawn larger and averaged down, so that edges are smooth
 _PLACES = {
     2: (("top-left", "top-right"), ("bottom-left", "bottom-right")),
@@ -53,7 +54,9 @@ class Setting:
 
     def __post_init__(self) -> None:
         if self.grid not in (2, 3) or not 1 <= self.min_objects <= self.max_objects <= min(6, self.grid**2):
-            raise RecipeError(f"ShapesWorld setting {self}: grid must be 2 or 3 and 1 <= min_objects <= max_objects <= min(6, grid * grid)")
+            raise RecipeError(
+                f"ShapesWorld setting {self}: grid must be 2 or 3 and 1 <= min_objects <= max_objects <= min(6, grid * grid)"
+            )
 
     def __str__(self) -> str:
         objects = f"{self.min_objects}-{self.max_objects} objects"
@@ -92,7 +95,7 @@ class Scene:
         """The scene as the bytes of a BMP picture (uncompressed: quick to write and to read)."""
         size = self.setting.image_size * _OVERSAMPLING
         cell = size / self.setting.grid
-        image = Image.new("RGB", (size, size), (245, 245, 245))
+        image = Image.new("RGB", (size, size), _BACKGROUND)
         canvas = ImageDraw.Draw(image)
         for thing in self.things:
             x, y = (thing.column + thing.center[0]) * cell, (thing.row + thing.center[1]) * cell
@@ -113,8 +116,8 @@ class Scene:
     def conversation(self, random: np.random.Generator) -> list[Question]:
         """Questions for one conversation, in random order, none of which gives another's answer away.
 
-        A scene is asked what stands at its places, or what is there, or how things lie to one another, but not all at once: told that
-        the red object is left of the blue one, a model would read what colors there are in the text instead of looking at the picture.
+        A scene is asked what stands at its places, or what is there, or about things by their color, but not all at once: told that
+        the red object is left of the blue one, a model would read from the text, not from the picture, what colors there are.
         """
         subjects = (self._at_places, self._what_is_there, self._by_color)
         asked = subjects[random.integers(len(subjects))](random)

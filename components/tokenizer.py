@@ -26,7 +26,9 @@ class WordTokenizer:
 
         specials = ["<unk>", "<s>", "</s>"]
         single_bytes = [f"<0x{byte:02X}>" for byte in range(256)]
-        words = list(dict.fromkeys(piece for word in self.words for piece in (f"▁{word}".replace(" ", "▁"), word.replace(" ", "▁"))))
+        words = list(
+            dict.fromkeys(piece for word in self.words for piece in (f"▁{word}".replace(" ", "▁"), word.replace(" ", "▁")))
+        )
         # equal cost for every piece: the segmentation with the fewest pieces wins
         vocabulary = [(piece, -1.0) for piece in [*specials, *single_bytes, "▁", *words]]
         tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=0, byte_fallback=True))

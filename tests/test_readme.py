@@ -157,7 +157,9 @@ def test_quickstart_command_runs_whole(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main.main(["fit", "--config", str(ROOT / "recipes/quickstart.yaml")]) == 0
     table = capsys.readouterr().out
-    accuracy = {row.split()[0]: float(row.split()[2]) for row in table.splitlines() if re.match(r"(color|shape|count|all)\s+\d+ ", row)}
+    accuracy = {
+        row.split()[0]: float(row.split()[2]) for row in table.splitlines() if re.match(r"(color|shape|count|all)\s+\d+ ", row)
+    }
     assert accuracy["color"] >= 0.9 and accuracy["count"] >= 0.9 and accuracy["shape"] >= 0.75 and accuracy["all"] >= 0.8
     blind = {row.split()[0]: [float(x) for x in row.split()[3:5]] for row in table.splitlines() if row.startswith("all ")}["all"]
     assert blind[1] <= blind[0] + 0.05

@@ -86,7 +86,8 @@ class InstructionData(LightningDataModule):
                 f"data.global_batch_size = {self.global_batch_size} is not a multiple of {trainer.world_size} ranks x "
                 f"{self.micro_batches} accumulated micro-batches = {smallest}. Change one of the three."
             )
-        self.layout = trainer.lightning_module.sample_format()
+        model: Any = trainer.lightning_module
+        self.layout = model.sample_format()
         self.tokenizer = load_tokenizer(self.layout.tokenizer)
         self.quarantine = Path(trainer.log_dir or ".") / QUARANTINE  # log_dir talks to all ranks; a bad sample is one rank's
         self._try_preparation()

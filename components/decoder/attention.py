@@ -93,8 +93,8 @@ def packed_hidden_states(
     if lm.config._attn_implementation != PACKED:
         # transformers writes into a config that is handed to a second model
         raise RuntimeError(
-            f"The decoder's attention is {lm.config._attn_implementation!r} in place of {PACKED!r}: something that shares its config "
-            "changed it. Give other models a copy: copy.deepcopy(lm.config)."
+            f"The decoder's attention is {lm.config._attn_implementation!r} in place of {PACKED!r}: something that shares its "
+            "config changed it. Give other models a copy: copy.deepcopy(lm.config)."
         )
     output = lm.base_model(
         inputs_embeds=inputs_embeds.unsqueeze(0),

@@ -92,7 +92,7 @@ def _failure(keys: str) -> str | None:
             return _compare(lm.double())
         except RecipeError as error:
             return str(error)
-        except Exception as error:  # noqa: BLE001 - whatever an architecture raises, it is the reason
+        except Exception as error:  # whatever an architecture raises, it is the reason
             return f"it does not run with packed attention ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})."
 
 
@@ -114,7 +114,7 @@ def _compare(lm: PreTrainedModel) -> str | None:
     if not (difference := _distance(hidden, alone)) < _TOLERANCE:
         return f"the hidden states of packed documents differ from those of each document alone by {difference:.2g}."
     if not (difference := _distance(lm.get_output_embeddings()(hidden), logits)) < _TOLERANCE:
-        return f"its logits are not the plain output of its last layer; something scales or caps them (they differ by {difference:.2g})."
+        return f"its logits are not the plain output of its last layer but scaled or capped (they differ by {difference:.2g})."
 
     others = [(documents[0] - 3 + 1) % (lm.config.vocab_size - 3) + 3, *documents[1:]]
     if not (leak := _distance(_packed(lm, others)[_LENGTHS[0] :], hidden[_LENGTHS[0] :])) < _TOLERANCE:
