@@ -25,10 +25,12 @@ class Throughput(Callback):
         self.every_n_steps = every_n_steps
         self.peak_tflops = peak_tflops
         self.flops: Any = 0.0  # a float, or a number on the device
+        self.model: Any = None
+        self.started: float | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look up what does not change."""
-        self.model: Any = pl_module
+        self.model = pl_module
         self.sizes = matmul_parameters(self.model)
         device = pl_module.device
         known = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
@@ -36,13 +38,15 @@ class Throughput(Callback):
         self._restart()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
-        """Count; everything counted is known to the host."""
+        """Count; everything counted is known to the host. The clock starts with a batch: validation in between is not counted."""
+        if self.started is None:
+            self.started = time.perf_counter()
         self.counts[0] += batch.num_tokens
         self.counts[1] += len(batch.sample_ids)
         if self.peak is not None:
             squares = (batch.cumulative_lengths.diff().double() ** 2).sum()
             self.flops = self.flops + step_flops(
-                pl_module, self.sizes, batch.num_tokens, squares, len(batch.targets), len(batch.pixels)
+                self.model, self.sizes, batch.num_tokens, squares, len(batch.targets), len(batch.pixels)
             )
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int) -> None:
@@ -51,6 +55,7 @@ class Throughput(Callback):
             return
         local = torch.tensor([*self.counts, float(self.flops)], dtype=torch.float64, device=pl_module.device)
         tokens, samples, flops = trainer.strategy.reduce(local, reduce_op="sum").tolist()
+        assert self.started is not None
         seconds = time.perf_counter() - self.started
         pl_module.log("train/tokens_per_second", tokens / seconds)
         pl_module.log("train/samples_per_second", samples / seconds)
@@ -63,4 +68,4 @@ class Throughput(Callback):
     def _restart(self) -> None:
         self.counts = [0, 0]
         self.flops = 0.0
-        self.started = time.perf_counter()
+        self.started = None

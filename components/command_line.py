@@ -25,7 +25,7 @@ from components.recipe_files import explain, hint, named_recipes, read_recipe
 from components.run_folder import RECIPE, RUNS, STATE, changes, complete_checkpoints, find_checkpoint, run_name
 from components.vlm import VisionLanguageModel
 
-SECTIONS = {"warmup": Warmup, "checkpoint": Checkpoint, "validation": Validation, "throughput": Throughput}
+SECTIONS = {"warmup": Warmup, "throughput": Throughput, "checkpoint": Checkpoint, "validation": Validation}
 """Callbacks that are top-level sections of a recipe, so that an overlay merges them key by key."""
 
 KEYS = {"config", "seed_everything", "max_steps", "trainer", "model", "data", "run", "ckpt_path", *SECTIONS}

@@ -29,13 +29,13 @@ ON_THIS_MACHINE = (
 CLIP_224, CLIP_336, CLIP_336_WHOLE, SIGLIP = 290_581_504, 290_909_184, 303_505_408, 397_745_440
 LLAMA_7B, LLAMA_13B = 6_738_415_616, 13_015_864_320
 SIZES = {
-    "quickstart": (355_872, 18_624, 401_184, 16),
-    "quickstart+projector_depth_3": (355_872, 27_936, 401_184, 16),
-    "quickstart+projector_linear": (355_872, 9_312, 401_184, 16),
-    "quickstart+projector_pixel_shuffle": (355_872, 46_272, 401_184, 4),
-    "quickstart+projector_resampler_8": (355_872, 233_568, 401_184, 8),
-    "shapes_world_exam": (826_368, 33_024, 944_768, 64),
-    "own_pictures": (826_368, 33_024, 919_680, 64),
+    "quickstart": (244_032, 18_624, 401_952, 16),
+    "quickstart+projector_depth_3": (244_032, 27_936, 401_952, 16),
+    "quickstart+projector_linear": (244_032, 9_312, 401_952, 16),
+    "quickstart+projector_pixel_shuffle": (244_032, 46_272, 401_952, 4),
+    "quickstart+projector_resampler_8": (244_032, 233_568, 401_952, 8),
+    "shapes_world_exam": (245_952, 18_624, 401_952, 36),
+    "own_pictures": (267_072, 46_272, 430_752, 64),
     "llava15_7b": (CLIP_336, 20_979_712, LLAMA_7B, 576),
     "llava15_7b+feature_layer_last": (CLIP_336_WHOLE, 20_979_712, LLAMA_7B, 576),
     "llava15_7b+projector_depth_3": (CLIP_336, 37_761_024, LLAMA_7B, 576),
@@ -137,7 +137,7 @@ def test_a_model_from_scratch_fits_its_words_and_pictures(run):
     parts = instantiate(COMMANDS[run])
     decoder = parts.model.decoder
     assert isinstance(decoder.tokenizer, WordTokenizer)
-    assert len(load_tokenizer(decoder.tokenizer)) == decoder.vocab_size
+    assert len(load_tokenizer(decoder.tokenizer)) <= decoder.vocab_size
     assert decoder.weights is None and parts.model.vision_tower.pretrained is None
     for setting in [source.setting for source in parts.data.sources.values() if hasattr(source, "setting")]:
         assert tuple(decoder.tokenizer.words) == WORDS
