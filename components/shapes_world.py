@@ -17,6 +17,9 @@ COLORS = {
     "purple": (200, 100, 255),
     "white": (250, 250, 250),
 }
+BACKGROUND = (90, 90, 90)
+"""Darker than every object, and near zero once normalised: an empty patch does not drown its position."""
+
 SHAPES = ("circle", "square", "triangle", "cross")
 KINDS = ("color", "shape", "count", "existence", "relation")
 HELD_OUT_PAIRS = frozenset({("red", "cross"), ("green", "triangle"), ("blue", "circle"), ("purple", "square")})
@@ -28,7 +31,6 @@ WORDS = tuple(
 ) + (*COLORS, *SHAPES)
 """Every word that a scene's questions, answers and caption use: for a `WordTokenizer`."""
 
-_BACKGROUND = (90, 90, 90)  # darker than every object, and near zero once normalised: empty patches keep their positions
 _OVERSAMPLING = 4  # drawn larger and averaged down, so that edges are smooth
 _PLACES = {
     2: (("top-left", "top-right"), ("bottom-left", "bottom-right")),
@@ -95,7 +97,7 @@ class Scene:
         """The scene as the bytes of a BMP picture (uncompressed: quick to write and to read)."""
         size = self.setting.image_size * _OVERSAMPLING
         cell = size / self.setting.grid
-        image = Image.new("RGB", (size, size), _BACKGROUND)
+        image = Image.new("RGB", (size, size), BACKGROUND)
         canvas = ImageDraw.Draw(image)
         for thing in self.things:
             x, y = (thing.column + thing.center[0]) * cell, (thing.row + thing.center[1]) * cell

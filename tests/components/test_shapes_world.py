@@ -8,7 +8,19 @@ import numpy as np
 import pytest
 
 from components.images import decode
-from components.shapes_world import COLORS, HELD_OUT_PAIRS, KINDS, SHAPES, WORDS, Question, Scene, Setting, Thing, draw_scene
+from components.shapes_world import (
+    BACKGROUND,
+    COLORS,
+    HELD_OUT_PAIRS,
+    KINDS,
+    SHAPES,
+    WORDS,
+    Question,
+    Scene,
+    Setting,
+    Thing,
+    draw_scene,
+)
 from components.tokenizer import WordTokenizer
 
 SETTINGS = [Setting(grid=2, max_objects=4, image_size=64), Setting(grid=3, max_objects=5, image_size=96)]
@@ -108,7 +120,7 @@ def test_the_picture_shows_each_object_in_its_place_and_color(setting: Setting) 
                 part = pixels[
                     int(row * cell + 1) : int((row + 1) * cell - 1), int(column * cell + 1) : int((column + 1) * cell - 1)
                 ]
-                assert ((part == 245).all()) == ((row, column) not in cells)
+                assert ((part == BACKGROUND).all()) == ((row, column) not in cells)
 
 
 def test_shapes_look_different() -> None:

@@ -7,7 +7,7 @@ from components.benchmarks import ShapesWorld
 from components.data import ShapesWorld as TrainingScenes
 from components.errors import RecipeError
 from components.images import decode
-from components.shapes_world import KINDS, Setting, draw_scene
+from components.shapes_world import BACKGROUND, COLORS, KINDS, Setting, draw_scene
 
 SETTING = Setting(grid=2, min_objects=1, max_objects=3, image_size=32)
 
@@ -40,12 +40,12 @@ def test_a_relation_is_not_asked_about_one_object():
 
 def test_the_picture_is_of_the_scene_that_is_asked_about():
     made = exam(setting=Setting(3, 1, 1, 96))
-    colors = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (40, 80, 220)}
+    colors = {color: COLORS[color] for color in ("red", "green", "blue")}
     checked = 0
     for question in made.questions():
         if question.group == "color" and question.reference in colors:
             pixels = np.asarray(decode(made.read_image(question.images[0]))).reshape(-1, 3)
-            drawn = pixels[(pixels != 245).any(1)]
+            drawn = pixels[(pixels != BACKGROUND).any(1)]
             assert tuple(np.median(drawn, axis=0)) == pytest.approx(colors[question.reference], abs=3)
             checked += 1
     assert checked > 10
