@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from components.errors import RecipeError
 from components.run_folder import CHECKPOINTS, RECIPE, STATE, checkpoint_folder, complete_checkpoints
@@ -60,8 +61,14 @@ class Checkpoint(LightningCheckpoint):
             self.save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The end of the run is always saved."""
+        """The end of a run that stops early is saved too."""
         self.save(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """A single process that is told to end saves first. Several would have to agree on a step, which a signal does not."""
+        # not inside a validation: there the trainer has not finished its count of the step yet
+        if isinstance(exception, SIGTERMException) and trainer.training and trainer.world_size == 1:
+            self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
         """Write the checkpoint of the step that the trainer has reached, unless it exists."""
@@ -86,6 +93,8 @@ class Checkpoint(LightningCheckpoint):
         trainer.strategy.barrier("checkpoint visible")
 
     def _due(self, trainer: Trainer) -> bool:
+        if 0 <= trainer.max_steps <= trainer.global_step:  # now, before the benchmarks of the end may fail
+            return True
         if self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0:
             return True
         if self.every_n_minutes is None:

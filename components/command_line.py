@@ -1,6 +1,7 @@
 """The commands that train and validate: LightningCLI with run folders, callbacks as sections, and short errors."""
 
 import logging
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -11,7 +12,7 @@ from jsonargparse import ArgumentError, Namespace
 from lightning import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from callbacks.checkpoint import Checkpoint
 from callbacks.overview import Overview
@@ -23,6 +24,7 @@ from components.data import InstructionData
 from components.errors import RecipeError
 from components.recipe_files import explain, hint, named_recipes, read_recipe
 from components.run_folder import RECIPE, RUNS, STATE, changes, complete_checkpoints, find_checkpoint, run_name
+from components.sharding import HybridSharding
 from components.vlm import VisionLanguageModel
 
 SECTIONS = {"warmup": Warmup, "throughput": Throughput, "checkpoint": Checkpoint, "validation": Validation}
@@ -57,7 +59,12 @@ class RecipeCLI(LightningCLI):
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             save_config_kwargs={"config_filename": RECIPE, "overwrite": True},
-            trainer_defaults={"callbacks": [Overview(), Progress()], "enable_model_summary": False},
+            # the data deal their samples to the ranks themselves
+            trainer_defaults={
+                "callbacks": [Overview(), Progress()],
+                "enable_model_summary": False,
+                "use_distributed_sampler": False,
+            },
             parser_kwargs=strict | {command: dict(strict) for command in self.subcommands()},
         )
 
@@ -127,11 +134,23 @@ class RecipeCLI(LightningCLI):
                 raise RecipeError("fit continues its own run by itself; to start from other weights give model.initial_weights.")
             found = complete_checkpoints(self.folder)
             self.checkpoint = found[-1] if found else None
-        if self.checkpoint is not None and self.subcommand == "fit":
-            self._refuse_changed_recipe(self.checkpoint)
         if self.checkpoint is not None:
+            self._refuse_other_layout(self.checkpoint)
+            if self.subcommand == "fit":
+                self._refuse_changed_recipe(self.checkpoint)
             self.step = int(self.checkpoint.name.removeprefix("step_"))
         self.config[self.subcommand].ckpt_path = str(self.checkpoint / STATE) if self.checkpoint else None
+
+    def _refuse_other_layout(self, checkpoint: Path) -> None:
+        strategy = self._get(self.config, "trainer").get("strategy")
+        sharding = getattr(strategy, "class_path", None) == f"{HybridSharding.__module__}.{HybridSharding.__name__}"
+        if sharding != (checkpoint / STATE).is_dir():
+            layouts = {True: "sharded", False: "not sharded"}
+            raise RecipeError(
+                f"{checkpoint} is {layouts[not sharding]}, but trainer.strategy is {layouts[sharding]}. A sharded run continues "
+                "with HybridSharding, on any number of ranks, and any other run without it. Name a trainer file of the same kind; "
+                "a new run (--run NAME) may start from either with model.initial_weights."
+            )
 
     def _refuse_changed_recipe(self, checkpoint: Path) -> None:
         recipe = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)  # as it is saved
@@ -144,9 +163,12 @@ class RecipeCLI(LightningCLI):
             )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The trainer writes into the run folder; events after the step it continues from are void."""
+        """The trainer writes into the run folder. `fit` voids events after the step it continues from; `validate` keeps all."""
+        purge_step = (self.step or None) if self.subcommand == "fit" else None
+        if self.subcommand == "validate":
+            self.save_config_callback = None
         if self.subcommand is not None and self._get(self.config_init, "trainer").get("logger") in (None, True):
-            kwargs["logger"] = TensorBoardLogger(RUNS, self.folder.name, version="", purge_step=self.step or None)
+            kwargs["logger"] = TensorBoardLogger(RUNS, self.folder.name, version="", purge_step=purge_step)
         if self.subcommand is not None:
             kwargs["default_root_dir"] = self.folder  # where a run without a logger lives
         if self._get(self.config_init, "trainer").get("enable_progress_bar") is False:
@@ -161,7 +183,10 @@ class RecipeCLI(LightningCLI):
         if self.step and self.step >= self.trainer.max_steps:
             print(f"{self.folder} is finished: step {self.step} of {self.trainer.max_steps}. Start another with --run NAME.")
         else:
-            self.trainer.fit(**kwargs)
+            try:
+                self.trainer.fit(**kwargs)
+            except SIGTERMException as error:  # which alone would leave with 0, as if the run were finished
+                raise SystemExit(128 + signal.SIGTERM) from error
         if self.trainer.is_global_zero:
             self._next_steps()
 

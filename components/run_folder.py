@@ -70,11 +70,15 @@ HOW_IT_RUNS = (
 )
 """Keys of a recipe that may change when a run continues: they do not touch what is learned from which samples."""
 
+NUMERICS = ("trainer.strategy.init_args.param_dtype", "trainer.strategy.init_args.reduce_dtype")
+"""Keys below those of `HOW_IT_RUNS` that may not change all the same."""
+
 
 def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """What changed between two resolved recipes, one `key: before -> after` a line, without the keys of `HOW_IT_RUNS`."""
+    """What changed between two resolved recipes, one `key: before -> after` a line, but only keys that may not change."""
     old, new = _flat(before), _flat(after)
-    keys = [key for key in {**old, **new} if not any(key == free or key.startswith(f"{free}.") for free in HOW_IT_RUNS)]
+    free = {key for key in {**old, **new} if any(key == how or key.startswith(f"{how}.") for how in HOW_IT_RUNS)}
+    keys = [key for key in {**old, **new} if key not in free or key in NUMERICS]
     absent = "(not there)"
     return [f"{k}: {old.get(k, absent)} -> {new.get(k, absent)}" for k in keys if old.get(k, absent) != new.get(k, absent)]
 

@@ -79,8 +79,16 @@ def shard(model: LightningModule, blocks: list[nn.Module]) -> None:
     Args:
         model: The root, fully built, with a trainer whose strategy is `HybridSharding`.
         blocks: Modules inside it that are gathered one after another.
+
+    Raises:
+        RecipeError: The strategy is another one with a device mesh.
     """
-    strategy: Any = model.trainer.strategy
+    strategy = model.trainer.strategy
+    if not isinstance(strategy, HybridSharding):
+        raise RecipeError(
+            f"trainer.strategy is {type(strategy).__name__}, which does not say how to shard this model. "
+            "Give components.sharding.HybridSharding with replicas and shards, as recipes/trainer/fsdp_8xa100.yaml does."
+        )
     mesh: Any = model.device_mesh
     mesh = mesh["replicate", "shard"] if strategy.replicas > 1 else mesh["shard"]
     for module in [*blocks, model]:

@@ -219,12 +219,10 @@ class VisionLanguageModel(LightningModule):
         if gradient_clip_val:
             nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
 
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Float[Tensor, " two"]:
-        """Sum of the loss and count of supervised tokens, for the data module's source of this loader."""
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add up the loss and the supervised tokens of the data module's source of this loader."""
         loss = self.loss_sum(batch)
-        totals = torch.stack([loss, torch.full_like(loss, len(batch.targets))])
-        self.validation_totals[dataloader_idx] += totals
-        return totals
+        self.validation_totals[dataloader_idx] += torch.stack([loss, torch.full_like(loss, len(batch.targets))])
 
     def on_validation_epoch_start(self) -> None:
         """Forget the sums of the last validation."""

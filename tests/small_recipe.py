@@ -18,7 +18,6 @@ RECIPE = {
     "trainer": {
         "accelerator": "cpu",
         "devices": 1,
-        "use_distributed_sampler": False,
         "log_every_n_steps": 1,
         "num_sanity_val_steps": 0,
     },

@@ -1,11 +1,14 @@
 """Ask and validate: a trained run answers on the console, as the model in this process does."""
 
+import hashlib
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from small_recipe import fit, write_recipe
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main
 from components.ask import load
@@ -48,13 +51,20 @@ def asked(capsys: pytest.CaptureFixture[str], *options: str) -> str:
     return capsys.readouterr().out
 
 
-def test_the_answer_is_the_models(capsys: pytest.CaptureFixture[str]) -> None:
-    answer = asked(capsys, "--ckpt", "runs/small", "--image", "red.png", "--question", "what color")
-    model, preparation = load(find_checkpoint("runs/small", "--ckpt"))
+def answer_of(checkpoint: Path) -> str:
+    """What the weights of a checkpoint answer."""
+    model, preparation = load(checkpoint)
+    model.load_state_dict(torch.load(checkpoint / "state", weights_only=True)["state_dict"])
     sample = Sample("x", [Turn("user", "<image>\nwhat color")], [Path("red.png").read_bytes()])
     prompt = preparation.prompt(sample, model.tokenizer, model.sample_format())
-    assert answer == model.generate([prompt], max_new_tokens=12)[0] + "\n"
+    return model.generate([prompt], max_new_tokens=12)[0] + "\n"
+
+
+def test_the_answer_is_the_models(capsys: pytest.CaptureFixture[str]) -> None:
+    answer = asked(capsys, "--ckpt", "runs/small", "--image", "red.png", "--question", "what color")
+    assert answer == answer_of(find_checkpoint("runs/small", "--ckpt"))
     assert answer.strip()
+    model, _ = load(find_checkpoint("runs/small", "--ckpt"))
     saved = torch.load("runs/small/checkpoints/step_00000006/state", weights_only=True)["state_dict"]
     assert model.state_dict().keys() == saved.keys()
     assert all(torch.equal(tensor, saved[name]) for name, tensor in model.state_dict().items())
@@ -68,7 +78,7 @@ def test_a_run_folder_means_its_newest_checkpoint(capsys: pytest.CaptureFixture[
         for ckpt in ("runs/small", "runs/small/checkpoints/step_00000006", "runs/small/checkpoints/step_00000004")
     )
     assert newest == named
-    assert older.endswith("\n")
+    assert older == answer_of(Path("runs/small/checkpoints/step_00000004")) != newest
 
 
 def test_questions_without_or_with_several_pictures(capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,13 +115,19 @@ def test_mistakes_are_told_in_a_line(options: list[str], message: str, capsys: p
 
 
 def test_validate_shows_the_benchmark_of_the_newest_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main.main(["validate", "--config", "small.yaml"]) == 0
+    recipe = Path("runs/small/recipe.yaml").read_bytes()
+    assert main.main(["validate", "--config", "small.yaml", "--validation.batch_size", "2"]) == 0
+    assert Path("runs/small/recipe.yaml").read_bytes() == recipe
+    record = json.loads(Path("runs/small/validation/shapes_step_6.json").read_text())
+    assert record["recipe_hash"] == hashlib.blake2b(recipe, digest_size=16).hexdigest()
     output = "".join(capsys.readouterr())
     assert "shapes at step 6" in output
     assert "accuracy" in output
     tables = sorted(path.name for path in Path("runs/small/validation").iterdir())
     assert [name.partition(".")[0] for name in tables] == ["shapes_step_6"] * 3
     assert main.main(["validate", "--config", "small.yaml", "--ckpt_path", "runs/small/checkpoints/step_00000004"]) == 0
+    events = EventAccumulator("runs/small").Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [0, 1, 2, 3, 4, 5]  # none is hidden
     assert "shapes at step 4" in "".join(capsys.readouterr())
     assert fit(Path("small.yaml")) == 0  # validating has not changed the run
     assert "is finished" in capsys.readouterr().out

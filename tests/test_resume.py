@@ -12,12 +12,16 @@ import pytest
 import torch
 from small_recipe import diary, fit, write_recipe
 
+import main
 from callbacks.checkpoint import Checkpoint
+from callbacks.validation import Validation
 from components.errors import RecipeError
 from components.run_folder import complete_checkpoints
+from tests.small_recipe import Diary
 
 ROOT = Path(__file__).parent.parent
 DIARY = {"callbacks": [{"class_path": "tests.small_recipe.Diary"}], "enable_progress_bar": False}
+QUIET = {"enable_progress_bar": False}
 LONG = {"max_steps": 9, "trainer": {**DIARY, "accumulate_grad_batches": 2, "val_check_interval": 6}}
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
@@ -70,8 +74,8 @@ def assert_same_diary(continued: str, whole: str, checkpoint: int, written: int)
     assert {entry["what"] for entry in after} == {"train", "validation"}
 
 
-def killed(recipe: Path, checkpoint: Path) -> None:
-    """The real command, killed without warning some time after a checkpoint has appeared."""
+def ended(recipe: Path, checkpoint: Path, by: signal.Signals) -> int:
+    """The exit code of the real command, ended by a signal some time after a checkpoint has appeared."""
     command = [sys.executable, str(ROOT / "main.py"), "fit", "--config", str(recipe)]
     with subprocess.Popen(
         command, env={**os.environ, "PAUSE": "0.15"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -80,15 +84,15 @@ def killed(recipe: Path, checkpoint: Path) -> None:
         while not checkpoint.exists() and process.poll() is None and time.monotonic() < until:
             time.sleep(0.02)
         time.sleep(0.4)
-        process.send_signal(signal.SIGKILL)
-        output = process.communicate()[0].decode()
-    assert process.returncode == -signal.SIGKILL, output
+        process.send_signal(by)
+        process.communicate()
+    return process.returncode
 
 
 def test_a_killed_run_continues_to_the_same_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert fit(write_recipe(tmp_path / "whole.yaml", **LONG)) == 0
     recipe = write_recipe(tmp_path / "killed.yaml", **LONG)
-    killed(recipe, Path("runs/killed/checkpoints/step_00000004"))
+    assert ended(recipe, Path("runs/killed/checkpoints/step_00000004"), signal.SIGKILL) == -signal.SIGKILL
     newest, written = steps("killed")[-1], len(diary(Path("runs/killed")))
     assert 4 <= newest < 9
     capsys.readouterr()
@@ -96,6 +100,56 @@ def test_a_killed_run_continues_to_the_same_bits(tmp_path: Path, capsys: pytest.
     assert f"run runs/killed continues at step {newest} of 9" in capsys.readouterr().out
     assert_same_run("killed", "whole")
     assert_same_diary("killed", "whole", newest, written)
+
+
+@pytest.mark.parametrize("micro_batch", [8, 9])
+def test_a_run_that_is_told_to_end_saves_first(micro_batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the end of an optimizer step (of two micro-batches) and in the middle of one."""
+    options = LONG | {"checkpoint": {"every_n_steps": None}}
+    assert fit(write_recipe(tmp_path / "whole.yaml", **options)) == 0
+    recipe = write_recipe(tmp_path / "told.yaml", **options)
+    write = Diary._write  # of the class that the recipe names
+
+    def told(self: Diary, trainer: Any, what: str, entry: dict[str, Any]) -> None:
+        write(self, trainer, what, entry)
+        if [line["what"] for line in diary(Path("runs/told"))].count("train") == micro_batch:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit_:
+        patch.setattr(Diary, "_write", told)
+        fit(recipe)
+    assert exit_.value.code == 143
+    assert steps("told") == [4]
+    written = len(diary(Path("runs/told")))
+    assert fit(recipe) == 0
+    assert_same_run("told", "whole")
+    assert_same_diary("told", "whole", 4, written - micro_batch % 2)
+
+
+def test_the_last_checkpoint_is_written_before_the_benchmarks_of_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Validation, "validate", fails)
+    with pytest.raises(ZeroDivisionError):
+        fit(write_recipe(tmp_path / "small.yaml", max_steps=5))
+    assert steps("small") == [4, 5]
+
+
+def test_a_checkpoint_continues_under_a_strategy_of_its_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = write_recipe(tmp_path / "small.yaml", trainer=QUIET)
+    assert fit(recipe) == 0
+    strategy = {"class_path": "components.sharding.HybridSharding", "init_args": {"replicas": 1, "shards": 1}}
+    sharded = write_recipe(tmp_path / "sharded.yaml", trainer=QUIET | {"strategy": strategy})
+    capsys.readouterr()
+    assert fit(sharded, "--run", "small") == 2
+    assert "step_00000004 is not sharded, but trainer.strategy is sharded" in capsys.readouterr().err
+    file = complete_checkpoints(Path("runs/small"))[-1] / "state"
+    file.unlink()
+    file.mkdir()
+    for command in ("fit", "validate"):
+        assert main.main([command, "--config", str(recipe)]) == 2
+        assert "step_00000004 is sharded, but trainer.strategy is not sharded" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("crash", "checkpoint"), [("5", 4), ("6", 6), ("8", 8)])

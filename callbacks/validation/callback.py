@@ -16,6 +16,7 @@ from callbacks.validation.questions import Prompts, draw_questions, exchange_pic
 from callbacks.validation.result import Result, answer_sheet
 from components.benchmarks import Benchmark, Question
 from components.errors import RecipeError
+from components.run_folder import RECIPE
 
 
 class Validation(Callback):
@@ -113,8 +114,10 @@ class Validation(Callback):
 
     def validate(self, trainer: Trainer, pl_module: LightningModule, step: int, limit: int | None, shuffled_pictures: bool) -> None:
         """Ask the questions of every benchmark; score, show and keep the answers. Called on all ranks."""
-        folder = Path(trainer.log_dir or ".") / "validation"  # log_dir talks to all ranks
-        template = trainer.datamodule.preparation.template  # type: ignore[attr-defined]
+        run = Path(trainer.log_dir or ".")  # log_dir talks to all ranks
+        validated = trainer.ckpt_path if trainer.state.fn == TrainerFn.VALIDATING else None
+        recipe = (Path(validated).parent if validated else run) / RECIPE
+        preparation = trainer.datamodule.preparation  # type: ignore[attr-defined]
         for name, benchmark in self.benchmarks.items():
             asked = draw_questions(benchmark.questions(), limit)
             answers = self._answers(trainer, pl_module, name, benchmark, asked)
@@ -127,7 +130,7 @@ class Validation(Callback):
                     logger.log_metrics(result.logged(), step=step)
                 tqdm.write(result.table())
                 self._show_pictures(trainer, result)
-                result.write(folder, template, self.max_new_tokens)
+                result.write(run / "validation", recipe, preparation, self.max_new_tokens)
 
     def _answers(
         self, trainer: Trainer, pl_module: LightningModule, title: str, benchmark: Benchmark, questions: list[Question]

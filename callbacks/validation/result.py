@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from components.benchmarks import Benchmark, Question, normalize, text_only_best
 from components.conversation import IMAGE_PLACEHOLDER
+from components.data import Preparation
 from components.images import decode
 
 _PACKAGES = ("torch", "transformers", "lightning", "numpy", "pillow")
@@ -89,13 +90,20 @@ class Result:
             lines.append("  ".join([f"{name:{width}}", f"{count:9}", *numbers]))
         return "\n".join(lines) + "\n"
 
-    def write(self, folder: Path, template: str, max_new_tokens: int) -> None:
-        """The answers, the metrics with everything they depend on, and the table, into three files."""
+    def write(self, folder: Path, recipe: Path, preparation: Preparation, max_new_tokens: int) -> None:
+        """The answers, the metrics with everything they depend on, and the table, into three files.
+
+        Args:
+            folder: Where they go.
+            recipe: The resolved recipe of the run or checkpoint that answered; there may be none outside of the command line.
+            preparation: How the questions became prompts.
+            max_new_tokens: Longest answer, in tokens.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         name = f"{self.shown_name}_step_{self.step}"
         rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self._rows())
         folder.joinpath(f"{name}.jsonl").write_text(rows, encoding="utf-8", errors="replace")
-        prompts = "\0".join([template, *(question.prompt for question in self.asked)])
+        prompts = "\0".join([preparation.template, *(question.prompt for question in self.asked)])
         record = {
             "benchmark": self.name,
             "description": self.benchmark.describe(),
@@ -107,8 +115,11 @@ class Result:
             "metrics": self.metrics,
             "text_only_best": self.text_only_best,
             **({"shuffled_pictures": self.exchanged_metrics} if self.exchanged_metrics else {}),
-            "template": template,
-            "prompt_hash": hashlib.blake2b(prompts.encode(errors="replace"), digest_size=16).hexdigest(),
+            "recipe_hash": _hash(recipe.read_bytes()) if recipe.is_file() else None,
+            "template": preparation.template,
+            "decoding": preparation.decoding,
+            "image_mode": preparation.image_mode,
+            "prompt_hash": _hash(prompts.encode(errors="replace")),
             "max_new_tokens": max_new_tokens,
             "versions": {package: version(package) for package in _PACKAGES},
         }
@@ -149,6 +160,10 @@ def answer_sheet(benchmark: Benchmark, questions: list[Question], answers: dict[
         for place, (text, color) in enumerate(lines):
             canvas.text((left, top + tallest + 4 + place * line), text, color, font)
     return np.asarray(sheet)
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def _scaled(picture: Image.Image, side: int) -> Image.Image:

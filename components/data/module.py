@@ -29,14 +29,14 @@ class InstructionData(LightningDataModule):
 
     Args:
         sources: Name of each source and the source; the name stands in `val/loss/NAME` and in messages.
-        template: Conversation template: plain, vicuna_v1, llama_2 or brief.
+        template: Conversation template: plain, vicuna_v1, llama_2, llava_llama_2 or brief.
         global_batch_size: Samples in an optimizer step, over all ranks and micro-batches; a multiple of ranks x accumulation.
         seed: Decides the order of the samples and the randomness inside them, >= 0.
         decoding: `llava` ignores EXIF rotation and drops alpha, `upright` rotates and composites on white.
         image_mode: `pad` to a square with the mean color, `crop` the center, or `squash` both sides.
-        max_length: Most tokens of a document; whole turns are dropped from its end to fit.
-        max_bad_samples: Different samples that each rank may skip because they cannot be used, listed in quarantine.jsonl; one
-            more ends the run.
+        max_length: Most tokens of a document, >= 1; whole turns are dropped from its end to fit.
+        max_bad_samples: Different samples that each rank may skip because they cannot be used, listed in quarantine.jsonl, also
+            across restarts; one more ends the run.
         num_workers: Worker processes that prepare batches, on each rank; 0 prepares them in the main process.
 
     Raises:
@@ -56,10 +56,10 @@ class InstructionData(LightningDataModule):
         num_workers: int = 2,
     ) -> None:
         super().__init__()
-        if not sources or global_batch_size < 1 or seed < 0 or max_bad_samples < 0 or num_workers < 0:
+        if not sources or global_batch_size < 1 or max_length < 1 or seed < 0 or max_bad_samples < 0 or num_workers < 0:
             raise RecipeError(
-                f"data: {len(sources)} sources and global_batch_size = {global_batch_size} must be at least 1, seed = {seed}, "
-                f"max_bad_samples = {max_bad_samples} and num_workers = {num_workers} at least 0."
+                f"data: {len(sources)} sources, global_batch_size = {global_batch_size} and max_length = {max_length} must be at "
+                f"least 1, seed = {seed}, max_bad_samples = {max_bad_samples} and num_workers = {num_workers} at least 0."
             )
         self.sources = sources
         self.global_batch_size = global_batch_size
@@ -90,6 +90,7 @@ class InstructionData(LightningDataModule):
         self.layout = model.sample_format()
         self.tokenizer = load_tokenizer(self.layout.tokenizer)
         self.quarantine = Path(trainer.log_dir or ".") / QUARANTINE  # log_dir talks to all ranks; a bad sample is one rank's
+        self.bad_samples = self._known_bad_samples()
         self._try_preparation()
         for name, source in self.sources.items():
             try:
@@ -98,6 +99,7 @@ class InstructionData(LightningDataModule):
                 raise RecipeError(f"data.sources.{name}: {error}") from error
         sources = list(self.sources.values())
         self.mixture = Mixture([source.weight for source in sources], [len(s.train_indices) for s in sources], self.seed)
+        self.order = self._order()
         if stage == "fit":
             self._announce()
 
@@ -135,7 +137,7 @@ class InstructionData(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """What decides the order; the position itself is the trainer's step."""
-        return {"order": self._order()}
+        return {"order": self.order}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse to continue in another order.
@@ -143,7 +145,7 @@ class InstructionData(LightningDataModule):
         Raises:
             RecipeError: The data or the global batch differ from those of the checkpoint.
         """
-        saved, now = state_dict["order"], self._order()
+        saved, now = state_dict["order"], self.order
         changed = [f"{key}: {saved.get(key)} -> {now.get(key)}" for key in {**saved, **now} if saved.get(key) != now.get(key)]
         if changed:
             raise RecipeError(
@@ -160,8 +162,18 @@ class InstructionData(LightningDataModule):
         except RecipeError as error:
             raise RecipeError(f"data.template = {self.preparation.template}, even for a question of one letter: {error}") from error
 
+    def _known_bad_samples(self) -> set[str]:
+        """What this rank has written down before the run was interrupted."""
+        if not self.quarantine.is_file():
+            return set()
+        entries = [json.loads(line) for line in self.quarantine.read_text(encoding="utf-8").splitlines()]
+        return {entry["reason"] for entry in entries if entry["rank"] == self.trainer.global_rank}
+
     def _order(self) -> dict[str, Any]:
-        order: dict[str, Any] = {"seed": self.seed, "global_batch_size": self.global_batch_size}
+        # the mixture knows the sources by their places
+        order: dict[str, Any] = {
+            "seed": self.seed, "global_batch_size": self.global_batch_size, "sources": list(self.sources),
+        }  # fmt: skip
         for name, source in self.sources.items():
             digest = hashlib.blake2b(source.train_indices.tobytes(), digest_size=8).hexdigest()
             order[f"sources.{name}"] = (

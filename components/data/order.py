@@ -82,6 +82,10 @@ class Mixture:
         return stream(self.seed, _SAMPLE, slot)
 
     def _shuffle(self, source: int, epoch: int) -> np.ndarray:
+        """The order of a source in an epoch, held whole: 8 bytes a sample, for each source and in each worker process.
+
+        Meant for sources whose permutation fits into the memory of every process: up to some hundred million samples.
+        """
         cached = self._shuffles.get(source)
         if cached is None or cached[0] != epoch:
             order = stream(self.seed, _SHUFFLE, source, epoch).permutation(self.sizes[source])

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int, Int64
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from components.decoder.architecture import architecture, compare, unreadable
@@ -136,8 +137,12 @@ class HuggingFaceDecoder(Decoder):
         settings = GenerationConfig(
             max_new_tokens=max_new_tokens, eos_token_id=eos_token_id, pad_token_id=eos_token_id, use_cache=True, **sampling
         )
+        # every step gathers the shards: a rank whose answers have ended goes on until those of the others have
+        sharded = any(isinstance(parameter, DTensor) for parameter in self.lm.parameters())
         with attention(self.lm, "sdpa"):
-            return self.lm.generate(inputs_embeds=inputs_embeds, attention_mask=attention_mask, generation_config=settings)
+            return self.lm.generate(
+                inputs_embeds=inputs_embeds, attention_mask=attention_mask, generation_config=settings, synced_gpus=sharded
+            )
 
     def blocks(self) -> list[nn.Module]:
         """The transformer layers."""

@@ -154,6 +154,7 @@ def test_table_log_and_files(tmp_path, capsys):
     assert kept["text_only_best"]["accuracy"] == 3 / 7
     assert kept["shuffled_pictures"]["accuracy"] == 2 / 7
     assert (kept["step"], kept["partial"], kept["fingerprint"]) == (4, False, Brightness().fingerprint())
+    assert (kept["template"], kept["decoding"], kept["image_mode"]) == ("brief", "upright", "pad")
     assert torch.__version__.startswith(kept["versions"]["torch"])
     rows = [json.loads(line) for line in (files / "squares_step_4.jsonl").read_text().splitlines()]
     assert [row["answer"] for row in rows] == ["eleven", "60.", "120", "180", "250", "120", "5"]

@@ -297,7 +297,7 @@ def test_construction_leaves_the_random_numbers_alone_and_is_quick():
         ({"model_type": "falcon"}, "falcon .* does not run"),
         ({"model_type": "stablelm"}, "stablelm .* no document ends"),
         ({"model_type": "lfm2", "layer_types": ["conv", "full_attention"], "num_hidden_layers": 2}, "lfm2 .* differ"),
-        ({"model_type": "granite", "logits_scaling": 8.0}, "granite .* scales or caps"),
+        ({"model_type": "granite", "logits_scaling": 8.0}, "granite .* scaled or capped"),
         ({"model_type": "llama", "attention_dropout": 0.1}, "llama .* dropout 0.1"),
     ],
     ids=lambda value: value["model_type"] if isinstance(value, dict) else "",

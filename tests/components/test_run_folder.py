@@ -86,5 +86,7 @@ def test_how_a_run_is_run_may_change() -> None:
         }
 
     assert changes(recipe(1), recipe(2)) == []
+    numerics = [{"trainer": {"strategy": {"init_args": {"shards": n, "param_dtype": f"float{n}"}}}} for n in (16, 32)]
+    assert changes(*numerics) == ["trainer.strategy.init_args.param_dtype: float16 -> float32"]
     # a free key does not free another that begins alike
     assert changes({"run": 1, "runner": 1}, {"run": 2, "runner": 2}) == ["runner: 1 -> 2"]

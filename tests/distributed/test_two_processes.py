@@ -1,10 +1,13 @@
 """Two processes compute what one does: DDP and FSDP2, clipping, accumulation, ranks without pictures, checkpoints, generation."""
 
+import io
 import os
+from contextlib import redirect_stdout
 
 import pytest
 import torch
 from lightning import Callback
+from lightning.pytorch.strategies import ModelParallelStrategy
 from pair import Pair
 from tiny import (
     ALL,
@@ -23,6 +26,7 @@ from tiny import (
 )
 
 from callbacks.checkpoint import Checkpoint
+from callbacks.overview import Overview
 from components.batch import pack
 from components.checkpoint_files import load_weights
 from components.errors import RecipeError
@@ -179,11 +183,11 @@ def test_second_stage_starts_from_the_weights_of_the_first(pair, tmp_path, strat
 class Answers(Callback):
     """Answers before the first training step, after every one, and at the end."""
 
-    def __init__(self, prompts):
-        self.prompts, self.answers = prompts, []
+    def __init__(self, prompts, end):
+        self.prompts, self.end, self.answers = prompts, end, []
 
     def on_train_start(self, trainer, pl_module):
-        pl_module.tokenizer = Numbers()
+        pl_module.tokenizer = Numbers(self.end)
         self._ask(pl_module)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
@@ -197,11 +201,13 @@ class Answers(Callback):
             module.training = mode
 
 
-def answers(strategy):
-    """What this rank's share of the prompts is answered with along a run; rank 1 has no picture."""
+SHARES = [tiny_documents(), [tiny_document(9), tiny_document(3)]]  # no picture on rank 1
+
+
+def answers(strategy, shares=SHARES, end=2):
+    """What this rank's share of the prompts is answered with along a run."""
     rank = 0 if strategy is None else int(os.environ["LOCAL_RANK"])
-    shares = [tiny_documents(), [tiny_document(9), tiny_document(3)]]
-    asked = Answers(shares[rank] if strategy else [*shares[0], *shares[1]])
+    asked = Answers(shares[rank] if strategy else [*shares[0], *shares[1]], end)
     options = {"devices": 2, "strategy": HybridSharding(**strategy)} if strategy else {}
     data = Prepared(micro_batches(1, 2 if strategy else 1, rank))
     tiny_trainer(callbacks=[asked], **options).fit(tiny_model(TOWER_FROZEN), datamodule=data)
@@ -214,11 +220,54 @@ def test_generation_before_and_after_training_steps(pair, strategy):
     assert [ours + theirs for ours, theirs in zip(first, second, strict=True)] == answers(None)
 
 
-def wrong_mesh():
+@pytest.mark.parametrize("early", [0, 1])
+def test_a_rank_whose_answers_end_early_takes_part_until_the_other_is_done(pair, early):
+    shares = [[tiny_document(9)], tiny_documents()[:2]]
+    shares = shares[::-1] if early else shares
+    before = answers(None, shares)[0]
+    short, long = (before[-1], before[:-1]) if early else (before[0], before[1:])
+    end = short.split()[1]
+    assert end not in " ".join(long).split() and all(len(answer.split()) == 6 for answer in long)
+    expected = answers(None, shares, int(end))
+    assert len(expected[0][-1 if early else 0].split()) <= 1
+    first, second = pair.run(answers, FSDP, shares, int(end))
+    assert [ours + theirs for ours, theirs in zip(first, second, strict=True)] == expected
+
+
+def first_lines(**options):
+    """What a sharded run on this rank prints before its first step."""
+    rank, printed = int(os.environ["LOCAL_RANK"]), io.StringIO()
+    trainer = tiny_trainer(callbacks=[Overview()], devices=2, strategy=HybridSharding(replicas=1, shards=2, **options))
+    with redirect_stdout(printed):
+        trainer.fit(tiny_model(), datamodule=Prepared(micro_batches(1, 2, rank)))
+    return printed.getvalue()
+
+
+def test_overview_of_a_sharded_run(pair):
+    first, second = pair.run(first_lines)
+    assert "compute bfloat16, storage float32, reduce float32; 2 ranks on cpu" in first.splitlines()
+    assert second == ""
+
+
+def refusal(strategy):
     try:
-        tiny_trainer(devices=2, strategy=HybridSharding(replicas=2, shards=4)).fit(tiny_model(), datamodule=Prepared([]))
+        tiny_trainer(devices=2, strategy=strategy).fit(tiny_model(), datamodule=Prepared([]))
     except RecipeError as error:
         return str(error)
+
+
+def wrong_mesh():
+    return refusal(HybridSharding(replicas=2, shards=4))
+
+
+def other_strategy():
+    return refusal(ModelParallelStrategy())
+
+
+def test_a_strategy_that_cannot_shard_the_model(pair):
+    for message in pair.run(other_strategy):
+        assert "ModelParallelStrategy" in message
+        assert "components.sharding.HybridSharding" in message
 
 
 def test_mesh_that_does_not_fit_the_ranks(pair):

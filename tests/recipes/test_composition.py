@@ -36,6 +36,7 @@ SIZES = {
     "quickstart+projector_resampler_8": (244_032, 233_568, 401_952, 8),
     "shapes_world_exam": (245_952, 18_624, 401_952, 36),
     "own_pictures": (267_072, 46_272, 430_752, 64),
+    "own_conversations": (267_072, 46_272, 430_752, 64),
     "llava15_7b": (CLIP_336, 20_979_712, LLAMA_7B, 576),
     "llava15_7b+feature_layer_last": (CLIP_336_WHOLE, 20_979_712, LLAMA_7B, 576),
     "llava15_7b+projector_depth_3": (CLIP_336, 37_761_024, LLAMA_7B, 576),

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -162,6 +163,19 @@ def test_a_bad_sample_within_the_limit_is_skipped_and_written_down(how: str, wri
     assert len(written) == 1
     assert written[0]["rank"] == 0
     assert "line 4, id odd" in written[0]["reason"]
+
+
+def test_bad_samples_count_across_restarts(write, pictures: str, tmp_path: Path) -> None:
+    sources = broken("missing", write, pictures)
+    first = opened(sources, tmp_path, max_bad_samples=1, global_batch_size=10)
+    transferred(first)
+    again = opened(sources, tmp_path, max_bad_samples=1, global_batch_size=10)
+    batch = transferred(again)[0]  # the known one is not another one
+    assert len((tmp_path / "quarantine.jsonl").read_text().splitlines()) == 1
+    with pytest.raises(RecipeError, match="2 bad samples on this rank, data.max_bad_samples = 1 allowed"):
+        again.on_before_batch_transfer(replace(batch, bad_samples=["another"]), 0)
+    other_rank = opened(sources, tmp_path, rank=1, ranks=2, max_bad_samples=1, global_batch_size=10)
+    other_rank.on_before_batch_transfer(replace(batch, bad_samples=["another"]), 0)  # has a count of its own
 
 
 def test_a_batch_of_nothing_but_bad_samples_is_a_batch(write, pictures: str, tmp_path: Path) -> None:

@@ -142,6 +142,7 @@ def test_a_global_batch_that_does_not_divide_names_the_three_numbers(tmp_path: P
     ("options", "message"),
     [
         ({"template": "breif"}, r"data\.template = breif.*There is no template 'breif'\. Use one of: plain, vicuna_v1"),
+        ({"max_length": 0}, "max_length = 0 must be at least 1"),
         ({"max_length": 4}, r"data\.template = brief.*longer than data\.max_length = 4"),
         ({"global_batch_size": 0}, "global_batch_size = 0"),
         ({"seed": -1}, "seed = -1"),
@@ -188,6 +189,20 @@ def test_a_checkpoint_of_other_data_is_refused_with_the_difference(write, pictur
     write("q.jsonl", rows[:-1])
     with pytest.raises(RecipeError, match=r"sources\.qa: .*6 samples \w+ -> .*5 samples"):
         data().load_state_dict(state)
+
+
+def test_sources_in_another_order_are_other_data(tmp_path: Path) -> None:
+    """The mixture draws by the place of a source."""
+    state = json.loads(json.dumps(opened({"a": shapes(), "b": shapes(seed=1)}, tmp_path).state_dict()))
+    with pytest.raises(RecipeError, match=r"sources: \['a', 'b'\] -> \['b', 'a'\]"):
+        opened({"b": shapes(seed=1), "a": shapes()}, tmp_path).load_state_dict(state)
+
+
+def test_a_checkpoint_does_not_read_the_data_again(tmp_path: Path) -> None:
+    data = opened({"a": shapes()}, tmp_path)
+    expected = data.state_dict()
+    del data.sources["a"].train_indices
+    assert data.state_dict() == expected
 
 
 def _flat(call: Callable[[], None]) -> None:

@@ -253,6 +253,13 @@ def test_fingerprints_change_with_what_decides_the_samples(write, pictures: str)
     first = print_of(LlavaConversations(shorter, pictures))
     assert first != print_of(LlavaConversations(write("train.json", CONVERSATIONS), pictures))
     rows = write("q.jsonl", QUESTIONS)
+    before = [print_of(QuestionAnswers(rows, pictures)), print_of(LlavaConversations(shorter, pictures))]
+    for file, said, edited in ((rows, "answer 5", "answer 7"), (shorter, "A plane.", "A train.")):  # of equal length
+        text = Path(file).read_text()
+        assert said in text
+        Path(file).write_text(text.replace(said, edited))
+    after = [print_of(QuestionAnswers(rows, pictures)), print_of(LlavaConversations(shorter, pictures))]
+    assert all(one != other for one, other in zip(before, after, strict=True))
     assert print_of(QuestionAnswers(rows, pictures, 1)) != print_of(QuestionAnswers(rows, pictures, 2))
     setting = Setting(grid=2, max_objects=2)
     worlds = [ShapesWorld(setting), ShapesWorld(Setting()), ShapesWorld(setting, 10), ShapesWorld(setting, seed=1)]

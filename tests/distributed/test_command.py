@@ -1,0 +1,79 @@
+"""The command itself on two processes: a sharded run trains, validates and saves what a run on one process does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from small_recipe import RECIPE, fit, write_recipe
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import assert_equal, weights
+
+from components.ask import load
+from components.run_folder import checkpoint_folder
+
+ROOT = Path(__file__).parents[2]
+BENCHMARK = {
+    "class_path": "components.benchmarks.ShapesWorld",
+    "init_args": {"setting": RECIPE["data"]["sources"]["shapes"]["init_args"]["setting"], "num_scenes": 4},
+}
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
+
+
+def sharded_trainer() -> dict[str, Any]:
+    """The trainer of eight GPUs, on two processes of a CPU."""
+    trainer = yaml.safe_load((ROOT / "recipes/trainer/fsdp_8xa100.yaml").read_text())
+    trainer["strategy"]["init_args"] |= {"replicas": 1, "shards": 2, "param_dtype": "float32"}
+    return trainer | {"accelerator": "cpu", "devices": 2, "num_nodes": 1}
+
+
+def command(recipe: Path) -> str:
+    """What `python main.py fit` prints when all goes well."""
+    environment = {**os.environ, "PYTHONWARNINGS": "", "GLOO_SOCKET_IFNAME": "lo"}
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "main.py"), "fit", "--config", str(recipe)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def losses(run: str) -> list[float]:
+    events = EventAccumulator(f"runs/{run}")
+    events.Reload()
+    return [event.value for event in events.Scalars("train/loss")]
+
+
+def answers(run: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(f"runs/{run}/validation/shapes_step_4.jsonl").read_text().splitlines()]
+
+
+def test_a_sharded_run_is_the_run_of_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    changes = {"data": {"global_batch_size": 8}, "validation": {"benchmarks": {"shapes": BENCHMARK}}}
+    assert fit(write_recipe(tmp_path / "whole.yaml", **changes)) == 0
+    resolved = yaml.safe_load(Path("runs/whole/recipe.yaml").read_text())
+    assert resolved["trainer"]["use_distributed_sampler"] is False  # though the recipe does not say so
+    recipe = write_recipe(tmp_path / "sharded.yaml", trainer={**sharded_trainer(), "log_every_n_steps": 1}, **changes)
+    assert "run runs/sharded starts of 4" in command(recipe)
+
+    whole, sharded = (checkpoint_folder(Path("runs") / run, 4) for run in ("whole", "sharded"))
+    assert (sharded / "state").is_dir()
+    assert len(list((sharded / "state").glob("*.distcp"))) == 2  # one from each process
+    assert losses("sharded") == pytest.approx(losses("whole"), rel=1e-4)
+    assert len(losses("sharded")) == 4
+    assert_equal(weights(load(sharded)[0]), weights(load(whole)[0]), 1e-4)
+
+    asked = [row["id"] for row in answers("sharded")]
+    assert len(set(asked)) == len(asked) and len(asked) % 2  # one was asked twice, so that both processes had as many
+    assert answers("sharded") == answers("whole")
+
+    assert "runs/sharded is finished: step 4 of 4." in command(recipe)
