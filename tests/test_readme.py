@@ -155,7 +155,7 @@ KINDS = {
     "mlp": None,
     "linear": "projector_linear",
     "pixel shuffle": "projector_pixel_shuffle",
-    "resampler": "projector_resampler_8",
+    "resampler": "projector_resampler_16",
 }
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader
 
@@ -145,6 +146,8 @@ class InstructionData(LightningDataModule):
         Raises:
             RecipeError: The data or the global batch differ from those of the checkpoint.
         """
+        if self.trainer.state.fn != TrainerFn.FITTING:  # a validation continues from no position
+            return
         saved, now = state_dict["order"], self.order
         changed = [f"{key}: {saved.get(key)} -> {now.get(key)}" for key in {**saved, **now} if saved.get(key) != now.get(key)]
         if changed:

@@ -33,7 +33,7 @@ SIZES = {
     "quickstart+projector_depth_3": (244_032, 27_936, 401_952, 16),
     "quickstart+projector_linear": (244_032, 9_312, 401_952, 16),
     "quickstart+projector_pixel_shuffle": (244_032, 46_272, 401_952, 4),
-    "quickstart+projector_resampler_8": (244_032, 233_568, 401_952, 8),
+    "quickstart+projector_resampler_16": (244_032, 233_568, 401_952, 8),
     "shapes_world_exam": (245_952, 18_624, 401_952, 36),
     "own_pictures": (267_072, 46_272, 430_752, 64),
     "own_conversations": (267_072, 46_272, 430_752, 64),

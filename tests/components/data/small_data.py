@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 
 from components.batch import Batch, SampleFormat
 from components.data import InstructionData, ShapesWorld, Source
@@ -27,6 +28,7 @@ def opened(
     """A data module after setup, with what it uses of a trainer."""
     data = InstructionData(sources, **{"template": "brief", "global_batch_size": 8, "num_workers": 0} | options)
     data.trainer = SimpleNamespace(  # type: ignore[assignment]
+        state=SimpleNamespace(fn=TrainerFn.FITTING),
         accumulate_grad_batches=accumulate, world_size=ranks, global_rank=rank, global_step=step, max_steps=6, log_dir=str(folder),
         lightning_module=SimpleNamespace(sample_format=lambda: LAYOUT),
         strategy=SimpleNamespace(root_device=torch.device("cpu")),

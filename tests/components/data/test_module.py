@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from lightning.pytorch.trainer.states import TrainerFn
 
 from components.conversation import Turn
 from components.data import InstructionData, LlavaConversations, QuestionAnswers, Sample, ShapesWorld
@@ -182,6 +183,9 @@ def test_a_checkpoint_of_other_data_is_refused_with_the_difference(write, pictur
     state = json.loads(json.dumps(data().state_dict()))
     data().load_state_dict(state)
     data(num_workers=1, accumulate=2).load_state_dict(state)  # how it runs does not change the order
+    validating = data(seed=1)
+    validating.trainer.state.fn = TrainerFn.VALIDATING
+    validating.load_state_dict(state)  # other data are welcome where no position is taken up
     with pytest.raises(RecipeError, match=r"seed: 0 -> 1.*--run NAME"):
         _flat(lambda: data(seed=1).load_state_dict(state))
     with pytest.raises(RecipeError, match=r"global_batch_size: 8 -> 4"):
