@@ -25,6 +25,7 @@ TO_THEIR_EDGE = {
     "recipes/llava15": "needs GPUs and data; resolved",
     "recipes/shapes_world_exam": "20 minutes; resolved here, run for the table",
     "recipes/own_pictures": "needs pictures of one's own; resolved here, run on small files below",
+    "recipes/own_conversations": "needs pictures of one's own; resolved here",
     "recipes/quickstart": "3 minutes; resolved here, run whole in the slow tests",
     "NAME": "a pattern; not run",
     "pytest": "this test run itself",
@@ -152,9 +153,9 @@ def test_own_pictures_train_on_small_files(tmp_path, monkeypatch, capsys):
 
 
 KINDS = {
-    "mlp": None,
+    "pixel shuffle": None,
     "linear": "projector_linear",
-    "pixel shuffle": "projector_pixel_shuffle",
+    "mlp": "projector_mlp",
     "resampler": "projector_resampler_16",
 }
 

@@ -29,11 +29,11 @@ ON_THIS_MACHINE = (
 CLIP_224, CLIP_336, CLIP_336_WHOLE, SIGLIP = 290_581_504, 290_909_184, 303_505_408, 397_745_440
 LLAMA_7B, LLAMA_13B = 6_738_415_616, 13_015_864_320
 SIZES = {
-    "quickstart": (244_032, 18_624, 401_952, 16),
-    "quickstart+projector_depth_3": (244_032, 27_936, 401_952, 16),
+    "quickstart": (244_032, 46_272, 401_952, 4),
+    "quickstart+projector_depth_3": (244_032, 55_584, 401_952, 4),
     "quickstart+projector_linear": (244_032, 9_312, 401_952, 16),
-    "quickstart+projector_pixel_shuffle": (244_032, 46_272, 401_952, 4),
-    "quickstart+projector_resampler_16": (244_032, 233_568, 401_952, 8),
+    "quickstart+projector_mlp": (244_032, 18_624, 401_952, 16),
+    "quickstart+projector_resampler_16": (244_032, 234_336, 401_952, 16),
     "shapes_world_exam": (245_952, 18_624, 401_952, 36),
     "own_pictures": (267_072, 46_272, 430_752, 64),
     "own_conversations": (267_072, 46_272, 430_752, 64),
