@@ -11,8 +11,14 @@ COMMANDS = {
     "fit": "train a recipe, or continue its run from the newest complete checkpoint",
     "validate": "validation losses and benchmarks of a checkpoint",
     "ask": "ask a trained model about a picture",
+    "import": "make a run of a released LLaVA model",
+    "export": "write a run as a Hugging Face LLaVA folder, and prove it equal",
 }
-WITHOUT_TRAINER = {"ask": "components.ask"}
+WITHOUT_TRAINER = {
+    "ask": "components.ask",
+    "import": "components.huggingface.importing",
+    "export": "components.huggingface.exporting",
+}
 MAX_ERROR_LINES = 15
 
 

@@ -10,9 +10,9 @@ from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from components.errors import RecipeError
-from components.run_folder import CHECKPOINTS, RECIPE, STATE, checkpoint_folder, complete_checkpoints
+from components.run_folder import CHECKPOINTS, RECIPE, STATE, UNFINISHED, checkpoint_folder, complete_checkpoints
 
-UNFINISHED, DELETED = ".unfinished", ".deleted"
+DELETED = ".deleted"
 
 
 class Checkpoint(LightningCheckpoint):

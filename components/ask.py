@@ -1,16 +1,15 @@
 """`python main.py ask`: a question about a picture to a trained model, answered on the console."""
 
 from pathlib import Path
-from typing import Any
 
-import yaml
 from jsonargparse import ArgumentParser
 
 from components.checkpoint_files import load_weights
 from components.conversation import Turn
-from components.data import InstructionData, Preparation, Sample
+from components.data import Preparation, Sample
 from components.errors import BadSample, RecipeError
-from components.run_folder import RECIPE, find_checkpoint
+from components.rebuild import read_checkpoint_recipe, rebuild
+from components.run_folder import find_checkpoint
 from components.vlm import VisionLanguageModel
 
 
@@ -23,15 +22,11 @@ def load(checkpoint: Path) -> tuple[VisionLanguageModel, Preparation]:
     Raises:
         RecipeError: The weights do not fit the recipe.
     """
-    recipe = yaml.safe_load((checkpoint / RECIPE).read_text())
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(VisionLanguageModel, "model")
-    parser.add_class_arguments(InstructionData, "data")
-    parts: Any = parser.instantiate(parser.parse_object({"model": recipe["model"], "data": recipe["data"]}))
-    model: VisionLanguageModel = parts.model
+    model, preparation = rebuild(read_checkpoint_recipe(checkpoint))
     model.build()
+    model.adapt()
     load_weights(model, checkpoint, "--ckpt")
-    return model.eval(), parts.data.preparation
+    return model.eval(), preparation
 
 
 def ask(
@@ -71,7 +66,8 @@ def ask(
         prompt = preparation.prompt(sample, model.tokenizer, model.sample_format())
     except BadSample as error:
         raise RecipeError(f"--image {' '.join(map(str, files))}: {error}") from error
-    return model.generate([prompt], max_new_tokens, temperature, top_p)[0]
+    end_token_id = preparation.end_token_id(model.tokenizer)
+    return model.generate([prompt], max_new_tokens, temperature, top_p, end_token_id=end_token_id)[0]
 
 
 def main(arguments: list[str]) -> int:

@@ -44,12 +44,14 @@ class Document:
         input_ids: Token ids; every visual-token slot holds the image token id.
         labels: The id itself where supervised, `IGNORE_INDEX` elsewhere. Not shifted.
         pixels: Pictures in the order of their slots.
+        truncated: Whether its last turns were dropped because it was too long.
     """
 
     sample_id: str
     input_ids: Int64[np.ndarray, " tokens"]
     labels: Int64[np.ndarray, " tokens"]
     pixels: UInt8[np.ndarray, "images 3 size size"]
+    truncated: bool = False
 
 
 @dataclass
@@ -67,6 +69,7 @@ class Batch:
         pixels: Pictures in the order of their slots; normalised on the device.
         sample_ids: Names of the documents, for logs and error messages.
         bad_samples: Why a document was replaced by a null document, one message for each.
+        num_truncated: Documents whose last turns were dropped because they were too long.
     """
 
     input_ids: Int64[Tensor, " tokens"]
@@ -79,6 +82,7 @@ class Batch:
     pixels: UInt8[Tensor, "images 3 size size"]
     sample_ids: list[str]
     bad_samples: list[str]
+    num_truncated: int
 
     @property
     def num_tokens(self) -> int:
@@ -124,4 +128,5 @@ def pack(documents: list[Document], image_token_id: int = IMAGE_TOKEN_ID, bad_sa
         pixels=torch.from_numpy(np.concatenate([document.pixels for document in documents])),
         sample_ids=[document.sample_id for document in documents],
         bad_samples=bad_samples or [],
+        num_truncated=sum(document.truncated for document in documents),
     )

@@ -4,6 +4,7 @@ A file is opened for each tensor anew, so that memory holds that tensor alone, w
 """
 
 import json
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -100,10 +101,10 @@ class TorchFiles(NamedTensors):
         """The tensor; its memory is the file's."""
         return self._open(self._file_of[name])[name]
 
-    def _open(self, file: Path) -> dict[str, Tensor]:
-        with _reading(file):
-            # files of torch before 1.6 cannot be mapped
-            mapped = zipped(file)
+    def _open(self, file: Path) -> dict[str, Any]:
+        with _reading(file), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # read or refused all the same
+            mapped = zipped(file)  # files of torch before 1.6 cannot be mapped
             stored = torch.load(file, map_location="cpu", weights_only=True, **({"mmap": True} if mapped else {}))
         tensors = stored.get(self._section) if self._section and isinstance(stored, dict) else stored
         if not isinstance(tensors, dict):

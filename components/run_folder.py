@@ -10,6 +10,7 @@ RUNS = Path("runs")
 RECIPE = "recipe.yaml"
 STATE = "state"
 CHECKPOINTS = "checkpoints"
+UNFINISHED = ".unfinished"
 _CHECKPOINT = re.compile(r"step_(\d+)")
 
 

@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.optim import AdamW, Optimizer
 
 from components.batch import Batch, Document, SampleFormat, pack
+from components.causality import prove_causal
 from components.checkpoint_files import load_initial_weights
 from components.decoder import Decoder
 from components.errors import RecipeError
@@ -35,7 +36,7 @@ class LearningRates:
     Args:
         vision_tower: Peak learning rate of the vision tower, > 0, or null.
         projector: Peak learning rate of the projector, > 0, or null.
-        decoder: Peak learning rate of the decoder, > 0, or null.
+        decoder: Peak learning rate of the decoder, or of its adapters where it has `lora`, > 0, or null.
     """
 
     vision_tower: float | None = None
@@ -53,10 +54,12 @@ class VisionLanguageModel(LightningModule):
         learning_rates: Peak learning rate of each part; null freezes the part.
         weight_decay: AdamW weight decay, >= 0; norms, biases and other vectors are never decayed.
         betas: AdamW decay rates of the first and second moment, each in [0, 1).
-        initial_weights: Run folder or checkpoint of an earlier stage; its weights replace those of the parts' own `weights`.
+        initial_weights: Weights that replace the parts' own: run folder or checkpoint of an earlier stage, or folder or hub id of a
+            LLaVA-1.5 model in Hugging Face's layout (llava-hf/llava-1.5-7b-hf) or in the original one (liuhaotian/llava-v1.5-7b).
 
     Raises:
-        RecipeError: Every part is frozen, a learning rate is not positive, or `initial_weights` do not fit.
+        RecipeError: Every part is frozen, a learning rate is not positive, a frozen decoder has adapters, or `initial_weights` do
+            not fit.
     """
 
     def __init__(
@@ -83,6 +86,11 @@ class VisionLanguageModel(LightningModule):
         if not any(rates.values()) or any(rate is not None and rate <= 0 for rate in rates.values()):
             raise RecipeError(
                 f"model.learning_rates is {rates}: give at least one part a learning rate above 0; null freezes a part."
+            )
+        if decoder.lora is not None and learning_rates.decoder is None:
+            raise RecipeError(
+                "model.decoder.init_args.lora has no effect, since model.learning_rates.decoder is null. Give the decoder a "
+                "learning rate, which is then that of its adapters, or make lora null."
             )
 
     @property
@@ -113,8 +121,21 @@ class VisionLanguageModel(LightningModule):
         self.decoder.build()
         self.set_trainable()
 
+    def adapt(self) -> None:
+        """Insert the decoder's adapters, if any: after `build` and the weights they start from, before those of a checkpoint."""
+        self.decoder.adapt()
+        self.set_trainable()
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """What the recipe trains: the parts with a learning rate, and of a decoder with adapters these alone."""
+        trained: list[nn.Parameter] = []
+        for name, part in self.parts.items():
+            if getattr(self.learning_rates, name) is not None:
+                trained += part.trainable_parameters() if isinstance(part, Decoder) else part.parameters()
+        return trained
+
     def set_trainable(self) -> None:
-        """A part without a learning rate needs no gradient."""
+        """A part without a learning rate needs no gradient, nor does what adapters are put beside."""
         for name, part in self.parts.items():
             part.requires_grad_(getattr(self.learning_rates, name) is not None)
 
@@ -133,24 +154,28 @@ class VisionLanguageModel(LightningModule):
             self.decoder.load_weights()
         else:
             load_initial_weights(self, self.initial_weights)
-        self.set_trainable()  # again: reading weights may have made new parameters
+        self.adapt()
         if self.device_mesh is not None:
             shard(self, [block for part in self.parts.values() for block in part.blocks()])
         self.built = True
 
     def on_fit_start(self) -> None:
-        """Check that what trains is what the recipe declares."""
+        """Check that what trains is what the recipe declares, and that no position sees a later one."""
         optimized = {id(p) for optimizer in self.trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+        trained = {id(parameter) for parameter in self.trained_parameters()}
         for name, part in self.parts.items():
-            declared = getattr(self.learning_rates, name) is not None
             for parameter_name, parameter in part.named_parameters():
+                declared = id(parameter) in trained
+                adapters = " and its lora" if name == "decoder" and self.decoder.lora else ""
                 if declared != parameter.requires_grad or declared != (id(parameter) in optimized):
                     raise RecipeError(
                         f"{name}.{parameter_name} should be {'trained' if declared else 'frozen'} by "
-                        f"model.learning_rates.{name} = {getattr(self.learning_rates, name)}, but it "
+                        f"model.learning_rates.{name} = {getattr(self.learning_rates, name)}{adapters}, but it "
                         f"{'requires' if parameter.requires_grad else 'does not require'} a gradient and is "
                         f"{'' if id(parameter) in optimized else 'not '}given to the optimizer. Does the part change requires_grad?"
                     )
+        with self.trainer.precision_plugin.forward_context():
+            prove_causal(self)
 
     def on_train_start(self) -> None:
         """Trained parts in training mode, frozen parts in evaluation mode."""
@@ -253,17 +278,38 @@ class VisionLanguageModel(LightningModule):
 
     # --- generation
 
-    @torch.no_grad()
     def generate(
-        self, prompts: list[Document], max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0
+        self,
+        prompts: list[Document],
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        *,
+        end_token_id: int,
     ) -> list[str]:
-        """Prompts in, answers out.
+        """Prompts in, answers out. The arguments are those of `generate_ids`."""
+        answers = self.generate_ids(prompts, max_new_tokens, temperature, top_p, end_token_id=end_token_id)
+        spoken = [ids[:-1] if ids and ids[-1] == end_token_id else ids for ids in answers]
+        return [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in spoken]
+
+    @torch.no_grad()
+    def generate_ids(
+        self,
+        prompts: list[Document],
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        *,
+        end_token_id: int,
+    ) -> list[list[int]]:
+        """Prompts in, the token ids of their answers out, up to and with the end token.
 
         Args:
             prompts: Tokenized prompts with their pictures; labels are ignored.
             max_new_tokens: Longest answer, in tokens.
             temperature: 0 for greedy decoding, above 0 for sampling.
             top_p: Share of the probability mass that is sampled from, in (0, 1].
+            end_token_id: Id that ends an answer: that of the conversation template (`Preparation.end_token_id`).
         """
         batch = pack(prompts).to(self.device)
         lengths = [len(prompt.input_ids) for prompt in prompts]
@@ -272,7 +318,5 @@ class VisionLanguageModel(LightningModule):
         mask = pad_sequence(
             [torch.ones(length, dtype=torch.long, device=self.device) for length in lengths], batch_first=True, padding_side="left"
         )
-        end = self.tokenizer.eos_token_id
-        new = self.decoder.generate(embeds, mask, max_new_tokens, end, temperature, top_p).cpu().numpy()
-        ends = np.where((new == end).any(1), (new == end).argmax(1), new.shape[1])
-        return [self.tokenizer.decode(row[:stop], skip_special_tokens=True).strip() for row, stop in zip(new, ends, strict=True)]
+        new = self.decoder.generate(embeds, mask, max_new_tokens, end_token_id, temperature, top_p).tolist()
+        return [row[: row.index(end_token_id) + 1] if end_token_id in row else row for row in new]

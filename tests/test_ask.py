@@ -57,7 +57,7 @@ def answer_of(checkpoint: Path) -> str:
     model.load_state_dict(torch.load(checkpoint / "state", weights_only=True)["state_dict"])
     sample = Sample("x", [Turn("user", "<image>\nwhat color")], [Path("red.png").read_bytes()])
     prompt = preparation.prompt(sample, model.tokenizer, model.sample_format())
-    return model.generate([prompt], max_new_tokens=12)[0] + "\n"
+    return model.generate([prompt], max_new_tokens=12, end_token_id=model.tokenizer.eos_token_id)[0] + "\n"
 
 
 def test_the_answer_is_the_models(capsys: pytest.CaptureFixture[str]) -> None:

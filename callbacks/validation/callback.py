@@ -144,13 +144,14 @@ class Validation(Callback):
             num_workers=data.num_workers,
             generator=torch.Generator(),  # else the loader would draw from the generator that training draws from
         )
+        options = {"max_new_tokens": self.max_new_tokens, "end_token_id": data.preparation.end_token_id(data.tokenizer)}
         quiet = not trainer.is_global_zero or trainer.progress_bar_callback is None
         answers: dict[str, str] = {}
         with evaluation_mode(pl_module), trainer.precision_plugin.val_step_context():
             for documents in tqdm(loader, desc=title, unit="batch", leave=False, disable=quiet):
                 if isinstance(documents, RecipeError):
                     raise documents
-                texts = pl_module.generate(documents, max_new_tokens=self.max_new_tokens)  # type: ignore[operator]
+                texts = pl_module.generate(documents, **options)  # type: ignore[operator]
                 answers |= {document.sample_id: text for document, text in zip(documents, texts, strict=True)}
         if trainer.world_size == 1:
             return answers

@@ -8,10 +8,11 @@ from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from components.batch import IGNORE_INDEX, Batch, Document, SampleFormat, pack
+from components.chat_template import resolve_template
 from components.conversation import encode, encode_prompt
 from components.data.order import Mixture, deal
 from components.data.sources import Sample, Source
-from components.errors import BadSample
+from components.errors import BadSample, RecipeError
 from components.images import Decoding, SquareMode, decode, to_square
 
 
@@ -20,7 +21,7 @@ class Preparation:
     """How a sample becomes a document.
 
     Args:
-        template: Name of the conversation template.
+        template: Name of the conversation template; `chat_template` is the tokenizer's own.
         decoding: `llava` ignores EXIF rotation and drops alpha, `upright` rotates and composites on white.
         image_mode: `pad` to a square with the mean color, `crop` the center, or `squash` both sides.
         max_length: Most tokens of a document; whole turns are dropped from its end to fit.
@@ -49,7 +50,7 @@ class Preparation:
                 raise BadSample(
                     f"longer than data.max_length = {self.max_length} tokens even without its last turns. Raise max_length."
                 )
-        return Document(sample.id, ids, labels, self.pixels(sample.images, layout))
+        return Document(sample.id, ids, labels, self.pixels(sample.images, layout), truncated=len(turns) < len(sample.turns))
 
     def prompt(self, sample: Sample, tokenizer: PreTrainedTokenizerBase, layout: SampleFormat) -> Document:
         """A question as a document that ends where the answer begins; nothing in it is supervised.
@@ -61,6 +62,19 @@ class Preparation:
             sample.turns, len(sample.images), tokenizer, self.template, layout.tokens_per_image, layout.image_token_id
         )
         return Document(sample.id, ids, np.full_like(ids, IGNORE_INDEX), self.pixels(sample.images, layout))
+
+    def end_token_id(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        """Id of the token that ends an answer; the tokenizer's end token where the template has none.
+
+        Raises:
+            RecipeError: The template does not suit the tokenizer, or neither of them has an end token.
+        """
+        end = resolve_template(self.template, tokenizer).end_token(tokenizer) or tokenizer.eos_token
+        if end is None:
+            raise RecipeError(f"Template {self.template} has no end token and this tokenizer no eos_token: no answer would end.")
+        number = tokenizer.convert_tokens_to_ids(end)
+        assert isinstance(number, int)
+        return number
 
     def pixels(self, images: list[bytes], layout: SampleFormat) -> np.ndarray:
         """Decoded square pictures, uint8 [images, 3, size, size]."""

@@ -30,12 +30,14 @@ class InstructionData(LightningDataModule):
 
     Args:
         sources: Name of each source and the source; the name stands in `val/loss/NAME` and in messages.
-        template: Conversation template: plain, vicuna_v1, llama_2, llava_llama_2 or brief.
+        template: Conversation template: plain, vicuna_v1, llama_2, llava_llama_2 or brief, or `chat_template` for the one that
+            the tokenizer brings along (Qwen, LLaMA-3, Mistral and others).
         global_batch_size: Samples in an optimizer step, over all ranks and micro-batches; a multiple of ranks x accumulation.
         seed: Decides the order of the samples and the randomness inside them, >= 0.
         decoding: `llava` ignores EXIF rotation and drops alpha, `upright` rotates and composites on white.
         image_mode: `pad` to a square with the mean color, `crop` the center, or `squash` both sides.
-        max_length: Most tokens of a document, >= 1; whole turns are dropped from its end to fit.
+        max_length: Most tokens of a document, >= 1; whole turns are dropped from its end to fit, counted in
+            `train/truncated_samples`.
         max_bad_samples: Different samples that each rank may skip because they cannot be used, listed in quarantine.jsonl, also
             across restarts; one more ends the run.
         num_workers: Worker processes that prepare batches, on each rank; 0 prepares them in the main process.

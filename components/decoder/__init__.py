@@ -2,5 +2,6 @@
 
 from components.decoder.base import Decoder
 from components.decoder.causal_lm import HuggingFaceDecoder
+from components.decoder.lora import LoRA, Merged
 
-__all__ = ["Decoder", "HuggingFaceDecoder"]
+__all__ = ["Decoder", "HuggingFaceDecoder", "LoRA", "Merged"]

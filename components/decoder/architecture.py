@@ -59,28 +59,39 @@ def architecture(config: dict[str, Any]) -> PreTrainedConfig:
 def compare(config: dict[str, Any], weights: str) -> None:
     """The inline architecture must be that of the weights.
 
-    A key that the recipe leaves out has the default of transformers, which is as wrong as a wrong value if the weights have
-    another one; hence every key of the architecture is compared.
-
     Raises:
         RecipeError: The weights cannot be read, or differ.
     """
     try:
-        theirs = AutoConfig.from_pretrained(weights).to_dict()
+        theirs = AutoConfig.from_pretrained(weights)
     except (OSError, ValueError, StrictDataclassError) as error:
         raise unreadable(weights, error) from error
-    ours = architecture(config).to_dict()
+    if problems := config_differences(config, theirs, "in the weights"):
+        lines = "\n".join(f"  {problem}" for problem in problems)
+        raise RecipeError(f"{KEY} differs from the config of '{weights}'. State the weights' values:\n{lines}")
+
+
+def config_differences(config: dict[str, Any], weights_config: PreTrainedConfig, where: str) -> list[str]:
+    """What differs between the inline architecture and that of weights, one line a key.
+
+    A key that the recipe leaves out has the default of transformers, which is as wrong as a wrong value if the weights have
+    another one; hence every key of the architecture is compared.
+
+    Args:
+        config: The inline architecture.
+        weights_config: The config of the weights.
+        where: Where that config stands, such as "in the weights".
+    """
+    ours, theirs = architecture(config).to_dict(), weights_config.to_dict()
+    if ours["model_type"] != theirs["model_type"]:  # the other keys do not compare
+        return [f"model_type: {ours['model_type']!r} in the recipe, {theirs['model_type']!r} {where}"]
     stated = {_ROPE.get(key, key) for key in config}
     keys = ours.keys() - NOT_ARCHITECTURE - (_WITHOUT_EFFECT - stated)
-    differences = [
-        f"  {key}: {ours.get(key)!r} {'in the recipe' if key in stated else 'by default'}, {theirs.get(key)!r} in the weights"
+    return [
+        f"{key}: {ours.get(key)!r} {'in the recipe' if key in stated else 'by default'}, {theirs.get(key)!r} {where}"
         for key in sorted(keys)
         if ours.get(key) != theirs.get(key)
     ]
-    if ours["model_type"] != theirs["model_type"]:  # the other keys do not compare
-        differences = [difference for difference in differences if difference.startswith("  model_type:")]
-    if differences:
-        raise RecipeError(f"{KEY} differs from the config of '{weights}'. State the weights' values:\n" + "\n".join(differences))
 
 
 def unreadable(weights: str, error: Exception) -> RecipeError:

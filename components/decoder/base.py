@@ -1,11 +1,13 @@
 """The decoder's interface: what the assembler, the sharding and the benchmarks may ask of any language model."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 
 from jaxtyping import Float, Int, Int64
 from lightning import LightningModule
 from torch import Tensor, nn
 
+from components.decoder.lora import LoRA
 from components.tokenizer import WordTokenizer
 
 
@@ -13,12 +15,13 @@ class Decoder(LightningModule, ABC):
     """Embeddings of packed documents in, final hidden states out; a language model in three steps: embed, forward, head.
 
     `__init__` stores arguments and widths only: no weights, no files, no network. `build` creates the layers, perhaps on the meta
-    device; `load_weights` reads them.
+    device; `load_weights` reads them; `adapt` puts adapters beside them.
     """
 
     embed_dim: int
     vocab_size: int
     tokenizer: str | WordTokenizer
+    lora: LoRA | None = None
 
     @abstractmethod
     def build(self) -> None:
@@ -27,6 +30,16 @@ class Decoder(LightningModule, ABC):
     @abstractmethod
     def load_weights(self) -> None:
         """Reads the stated weights into the built layers, on the CPU; does nothing when none are stated."""
+
+    def adapt(self) -> None:
+        """Inserts the adapters that `lora` states, which changes names in the state dict but no result; does nothing without.
+
+        Called once, after the base weights are there, and before the weights of a checkpoint that holds adapters are read.
+        """
+
+    def trainable_parameters(self) -> Iterable[nn.Parameter]:
+        """What a learning rate applies to: the adapters where `lora` is stated, else everything."""
+        return self.parameters()
 
     @abstractmethod
     def embed(self, input_ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape embed_dim"]:

@@ -1,5 +1,6 @@
 """Hugging Face causal language models as decoders: packed attention in training, transformers' own in generation."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from components.decoder.architecture import architecture, compare, unreadable
 from components.decoder.attention import PACKED, attention, packed_hidden_states
 from components.decoder.base import Decoder
+from components.decoder.lora import LoRA, adapters, insert
 from components.decoder.probe import prove
 from components.errors import RecipeError
 from components.tokenizer import WordTokenizer
@@ -25,16 +27,20 @@ class HuggingFaceDecoder(Decoder):
             another that passes the check at construction), `hidden_size`, `num_hidden_layers`, ...
         tokenizer: Hub name or folder of a Hugging Face tokenizer, or a file-free `WordTokenizer`.
         weights: Hub name or folder of the weights; null starts from random ones.
+        lora: Adapters that are trained in place of the decoder's own weights, which stay as they are; null trains those.
 
     Raises:
         RecipeError: The architecture is misspelled, impossible, or cannot keep packed documents apart.
     """
 
-    def __init__(self, config: dict[str, Any], tokenizer: str | WordTokenizer, weights: str | None = None) -> None:
+    def __init__(
+        self, config: dict[str, Any], tokenizer: str | WordTokenizer, weights: str | None = None, lora: LoRA | None = None
+    ) -> None:
         super().__init__()
         self.config = config
         self.tokenizer = tokenizer
         self.weights = weights
+        self.lora = lora
         checked = architecture(config)
         prove(checked)
         self.embed_dim: int = checked.hidden_size
@@ -77,6 +83,27 @@ class HuggingFaceDecoder(Decoder):
                 "tensors that are not as they should be:\n" + "\n".join(problems)
             )
         self._adopt(lm)
+
+    def adapt(self) -> None:
+        """Inserts the adapters that `lora` states; does nothing without.
+
+        Raises:
+            RecipeError: It names a layer that the decoder does not have.
+        """
+        if self.lora is not None:
+            insert(self.lm, self.lora)
+            self.lm.train(self.training)
+
+    def trainable_parameters(self) -> Iterable[nn.Parameter]:
+        """What a learning rate applies to: the adapters where `lora` is stated, else everything."""
+        return self.parameters() if self.lora is None else adapters(self.lm)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:  # Self, which beartype does not take outside its own classes
+        """Freezes the decoder, or lets train what is trainable of it."""
+        super().requires_grad_(False)
+        for parameter in self.trainable_parameters():
+            parameter.requires_grad_(requires_grad)
+        return self
 
     def _adopt(self, lm: PreTrainedModel) -> None:
         lm.config.use_cache = False

@@ -75,7 +75,8 @@ class Model(LightningModule):
     def on_train_start(self):
         self.frozen.eval()
 
-    def generate(self, documents, max_new_tokens):
+    def generate(self, documents, max_new_tokens, end_token_id):
+        assert end_token_id == 2  # of the template and tokenizer below
         assert not any(module.training for module in self.modules())
         assert max_new_tokens == 16
         self.asked.append([document.sample_id for document in documents])

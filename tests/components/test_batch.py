@@ -1,6 +1,7 @@
 """The packed batch: every token is a document's token, and every index points where it should."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -35,6 +36,13 @@ def test_by_hand():
     assert batch.pixels.shape == (2, 3, 4, 4)
     assert batch.sample_ids == ["by hand"] * 3
     assert batch.bad_samples == []
+    assert batch.num_truncated == 0
+
+
+def test_truncated_documents_are_counted():
+    cut = [replace(document, truncated=number > 0) for number, document in enumerate(BY_HAND)]
+    assert pack(cut).num_truncated == 2
+    assert pack(cut).to("cpu").num_truncated == 2
 
 
 def test_no_token_is_padding():

@@ -1,165 +1,24 @@
-"""Conversations: ids and labels equal to LLaVA-1.5's, and answers supervised exactly for any template and tokenizer."""
+"""Conversations: answers supervised exactly for any template and tokenizer, LLaVA records read as LLaVA-1.5 does, refusals."""
 
-import json
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from components.batch import IGNORE_INDEX
-from components.conversation import TEMPLATES, Turn, encode, encode_prompt, parse_llava
+from components.chat_template import TEMPLATES
+from components.conversation import Turn, encode, encode_prompt, parse_llava
 from components.errors import BadSample, RecipeError
 from components.tokenizer import WordTokenizer
+from tests.components.small_tokenizers import KINDS, byte_level_tokenizer, tokenizer_of, word_tokenizer
 
 IMAGE_TOKEN_ID = -200
 
 
-@cache
-def word_tokenizer() -> PreTrainedTokenizerBase:
-    return WordTokenizer(["Q:", "A:", "red", "bus", "what", "color", "USER:", "ASSISTANT:"]).build()
-
-
-@cache
-def byte_level_tokenizer() -> PreTrainedTokenizerBase:
-    """Like GPT-2's and Qwen's: no begin token, no space put before a text."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pieces = ["<|end|>", *alphabet, "Ġr", "Ġre", "Ġred"]
-    merges = [("Ġ", "r"), ("Ġr", "e"), ("Ġre", "d")]
-    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
-
-
-@cache
-def llama_tokenizer(model: Path, legacy: bool) -> PreTrainedTokenizerBase:
-    """LLaMA-2's tokenizer as sentencepiece runs it.
-
-    transformers 5 orders the merges of a `tokenizer.model` by id instead of by score and so splits runs of spaces differently:
-    `LlamaTokenizer.from_pretrained` gives other ids wherever two spaces meet.
-    """
-    from transformers.convert_slow_tokenizer import SentencePieceExtractor, generate_merges
-
-    pieces = SentencePieceExtractor(str(model)).proto.pieces
-    ids = {piece.piece: i for i, piece in enumerate(pieces)}
-    merges = generate_merges(ids, {piece.piece: piece.score for piece in pieces})
-    return LlamaTokenizer(vocab=ids, merges=merges, legacy=legacy)
-
-
-@pytest.fixture(params=["word", "byte-level", "llama", "llama legacy"])
+@pytest.fixture(params=KINDS)
 def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
-    if request.param == "word":
-        return word_tokenizer()
-    if request.param == "byte-level":
-        return byte_level_tokenizer()
-    golden = request.getfixturevalue("golden")
-    return llama_tokenizer(golden / "llava" / "tokenizer.model", legacy=request.param == "llama legacy")
-
-
-# --- parity with the original ---------------------------------------------------------------------------------------------------
-
-VARIANTS = {
-    "plain": ("plain", False),
-    "v1": ("vicuna_v1", False),
-    "llama_2": ("llama_2", False),
-    "llava_llama_2": ("llava_llama_2", False),
-    "v1_legacy": ("vicuna_v1", True),
-    "llama_2_legacy": ("llama_2", True),
-}
-REFUSED_HERE = {
-    "structure-image-in-both-turns": "2 <image> placeholder",  # the original fails on it once the picture is inserted
-    "structure-image-key-without-token": "0 <image> placeholder",  # the original trains it without the picture
-}
-DIFFERENT_HERE = {
-    "empty-middle-answer",  # the original leaves out the end token and so merges two rounds into one
-}
-# transformers 5 puts no space between a special token in the text and a space that follows it, the original's legacy setting did
-DIFFERENT_LEGACY = {"special_text-bos-in-answer"}
-
-
-def golden_samples(golden: Path) -> list[dict[str, Any]]:
-    with (golden / "llava" / "conversations.jsonl").open() as file:
-        return [json.loads(line) for line in file]
-
-
-def original_labels(result: dict[str, Any], length: int) -> np.ndarray:
-    labels = np.full(length, IGNORE_INDEX)
-    for start, ids in result["label_spans"]:
-        labels[start : start + len(ids)] = ids
-    return labels
-
-
-def encoded(sample: dict[str, Any], template: str, tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
-    turns, images = parse_llava(sample)
-    return encode(turns, len(images), tokenizer, template, tokens_per_image=1, image_token_id=IMAGE_TOKEN_ID)
-
-
-@pytest.mark.parametrize(("variant", "num_equal"), [
-    ("plain", 71), ("v1", 111), ("llama_2", 111), ("llava_llama_2", 111), ("v1_legacy", 110), ("llama_2_legacy", 110),
-])  # fmt: skip
-def test_ids_and_labels_equal_the_original(golden: Path, variant: str, num_equal: int) -> None:
-    template, legacy = VARIANTS[variant]
-    tokenizer = llama_tokenizer(golden / "llava" / "tokenizer.model", legacy)
-    equal = 0
-    for sample in golden_samples(golden):
-        result = sample["variants"][variant]
-        if result["error"] or result["all_masked"]:
-            continue
-        if sample["id"] in REFUSED_HERE:
-            with pytest.raises(BadSample, match=REFUSED_HERE[sample["id"]]):
-                encoded(sample, template, tokenizer)
-            continue
-        ids, labels = encoded(sample, template, tokenizer)
-        length = len(result["input_ids"])
-        if length == 2048 and "image" not in sample:  # text alone is cut by the original's tokenizer, here later
-            ids, labels = ids[:2048], labels[:2048]
-        same = np.array_equal(ids, result["input_ids"]) and np.array_equal(labels, original_labels(result, length))
-        assert same != (sample["id"] in DIFFERENT_HERE or (legacy and sample["id"] in DIFFERENT_LEGACY)), sample["id"]
-        equal += same
-    assert equal == num_equal
-
-
-@pytest.mark.parametrize("variant", ["v1", "llama_2", "v1_legacy", "llama_2_legacy"])
-def test_what_the_original_masks_is_learned_or_refused(golden: Path, variant: str) -> None:
-    template, legacy = VARIANTS[variant]
-    tokenizer = llama_tokenizer(golden / "llava" / "tokenizer.model", legacy)
-    learned, refused = 0, 0
-    for sample in golden_samples(golden):
-        if not sample["variants"][variant].get("all_masked"):
-            continue
-        answers = [turn["value"] for turn in sample["conversations"] if turn["from"] == "gpt"]
-        try:
-            _, labels = encoded(sample, template, tokenizer)
-        except BadSample:
-            refused += 1
-            continue
-        expected = "".join(TEMPLATES[template].answer.format(answer=answer) + "</s>" for answer in answers if answer)
-        assert tokenizer.decode(labels[labels != IGNORE_INDEX]) == expected.removeprefix(" "), sample["id"]
-        learned += 1
-    assert learned >= 7
-    assert refused == 4  # only questions, only an answer, or only an empty answer
-
-
-@pytest.mark.parametrize("conv_mode", ["vicuna_v1", "llava_llama_2"])
-def test_generation_prompts_equal_the_original(golden: Path, conv_mode: str) -> None:
-    tokenizer = llama_tokenizer(golden / "llava" / "tokenizer.model", legacy=False)
-    compared = 0
-    for sample in golden_samples(golden):
-        prompt = ((sample["generation"] or {}).get("prompts") or {}).get(conv_mode)
-        if not prompt or prompt.get("error"):
-            continue
-        question, num_images = sample["generation"]["question"], int("image" in sample)
-        turns = [Turn("user", f"<image>\n{question}" if num_images else question)]
-        if not question and not num_images:
-            continue  # the original takes an empty message for the place of the answer
-        ids = encode_prompt(turns, num_images, tokenizer, conv_mode, 1, IMAGE_TOKEN_ID)
-        np.testing.assert_array_equal(ids, prompt["input_ids"], sample["id"])
-        compared += 1
-    assert compared > 100
+    return tokenizer_of(request.param, request)
 
 
 # --- properties for any template and tokenizer ----------------------------------------------------------------------------------

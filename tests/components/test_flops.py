@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from callbacks import throughput
 from callbacks.throughput import Throughput
 from components.batch import Document, pack
-from components.decoder import HuggingFaceDecoder
+from components.decoder import HuggingFaceDecoder, LoRA
 from components.errors import RecipeError
 from components.flops import matmul_parameters, peak_flops, step_flops
 from components.projector import MLP, PixelShuffle
@@ -39,6 +39,9 @@ RATES = {
     "decoder_only": LearningRates(decoder=1e-3),
     "tower_only": LearningRates(vision_tower=1e-3),
 }
+LORA = LoRA(rank=16, alpha=16.0)
+CASES = {name: (rates, None) for name, rates in RATES.items()}
+CASES |= {f"{name}_lora": (rates, LORA) for name, rates in RATES.items() if rates.decoder is not None}
 PATCHES = 64
 TOLERANCE = 0.03  # a class token beside 64 patches, the table of the rotary embedding, the input gradient of a first layer
 
@@ -66,15 +69,17 @@ def counted(model, batch):
 
 
 @pytest.mark.parametrize("projector", [MLP(depth=2), PixelShuffle(factor=2)], ids=["mlp", "pixel_shuffle"])
-@pytest.mark.parametrize("rates", RATES.values(), ids=RATES)
-def test_equal_pytorchs_counter(rates, projector):
+@pytest.mark.parametrize(("rates", "lora"), CASES.values(), ids=CASES)
+def test_equal_pytorchs_counter(rates, projector, lora):
+    # adapters alone need no gradient of the first layer's inputs, which is less of a deeper decoder
+    shape = {"hidden_size": 64, "num_key_value_heads": 4, "num_hidden_layers": 2 if lora is None else 8}
     model = built_model(
         rates,
         vision_tower=OpenClipTower(
             config={"image_size": 32, "patch_size": 4, "width": 48, "layers": 3, "head_width": 16}, feature_layer=-2
         ),
         projector=projector,
-        decoder=HuggingFaceDecoder({**LLAMA, "hidden_size": 64, "num_key_value_heads": 4}, WordTokenizer()),
+        decoder=HuggingFaceDecoder({**LLAMA, **shape}, WordTokenizer(), lora=lora),
     )
     batch = batch_of([(40, 1), (100, 0), (7, 2)], projector.num_tokens(PATCHES))
     lengths = batch.cumulative_lengths.diff()
@@ -90,7 +95,10 @@ def test_equal_pytorchs_counter(rates, projector):
 def test_matmul_parameters_by_hand():
     sizes = matmul_parameters(built_model())
     tower, decoder = 2 * 12 * 16**2, 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
-    assert sizes == {"vision_tower": tower, "projector": 16 * 32 + 32 * 32, "decoder": decoder, "head": 32 * 260}
+    assert sizes == {"vision_tower": tower, "projector": 16 * 32 + 32 * 32, "decoder": decoder, "adapters": 0, "head": 32 * 260}
+    lora = LoRA(rank=3, alpha=1.0, target_modules=["q_proj", "down_proj"])
+    adapted = matmul_parameters(built_model(decoder=HuggingFaceDecoder(LLAMA, WordTokenizer(), lora=lora)))
+    assert adapted == {**sizes, "adapters": 2 * 3 * ((32 + 32) + (48 + 32))}
 
 
 def test_peaks():

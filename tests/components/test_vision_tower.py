@@ -270,7 +270,9 @@ def test_weights_that_cannot_be_read(tmp_path):
 
 
 def test_weights_of_a_tag_come_from_its_file(tmp_path, monkeypatch):
-    monkeypatch.setattr("components.vision_tower.download_pretrained", lambda tag: str(tmp_path / tag["hf_hub"].strip("/")))
+    monkeypatch.setattr(
+        "components.vision_tower.open_clip_tower.download_pretrained", lambda tag: str(tmp_path / tag["hf_hub"].strip("/"))
+    )
     tower = OpenClipTower(model_name="ViT-B-32-quickgelu", pretrained="openai", feature_layer=0)
     tower.build()
     state = {name: torch.randn_like(tensor) for name, tensor in tower.visual.state_dict().items()}
@@ -284,7 +286,7 @@ def test_a_tag_that_cannot_be_fetched(monkeypatch):
     def unreachable(tag):
         raise FileNotFoundError("no network")
 
-    monkeypatch.setattr("components.vision_tower.download_pretrained", unreachable)
+    monkeypatch.setattr("components.vision_tower.open_clip_tower.download_pretrained", unreachable)
     tower = on_meta(model_name="ViT-B-32-quickgelu", pretrained="openai")
     with pytest.raises(RecipeError, match=r"'openai' could not be fetched: no network"):
         tower.load_weights()

@@ -236,17 +236,17 @@ def test_validation_loss_is_weighted_by_tokens_for_each_source():
 # --- generation
 
 
-def generating_model(eos_token_id=2):
+def generating_model():
     model = built_model().eval()
-    model.tokenizer = Numbers(eos_token_id)
+    model.tokenizer = Numbers()
     return model
 
 
 def test_generation_of_a_mixed_batch_equals_one_prompt_at_a_time():
     model = generating_model()
     prompts = tiny_documents()
-    together = model.generate(prompts, max_new_tokens=12)
-    assert together == [model.generate([prompt], max_new_tokens=12)[0] for prompt in prompts]
+    together = model.generate(prompts, max_new_tokens=12, end_token_id=2)
+    assert together == [model.generate([prompt], max_new_tokens=12, end_token_id=2)[0] for prompt in prompts]
     assert len(set(together)) == len(prompts)
     assert all(len(answer.split()) == 12 for answer in together)
 
@@ -261,14 +261,14 @@ def test_generation_follows_the_training_forward():
         hidden = model.decoder(embeds, torch.arange(length), torch.tensor([0, length], dtype=torch.int32), length)
         best.append(model.decoder.head(hidden[-1:]).argmax(1))
         embeds = torch.cat([embeds, model.decoder.embed(best[-1]).detach()])
-    assert model.generate([prompt], max_new_tokens=5) == [" ".join(str(one.item()) for one in best)]
+    assert model.generate([prompt], max_new_tokens=5, end_token_id=2) == [" ".join(str(one.item()) for one in best)]
 
 
 def test_generation_ends_at_the_end_token():
     prompts = tiny_documents()
-    answers = [answer.split() for answer in generating_model().generate(prompts, max_new_tokens=12)]
+    answers = [answer.split() for answer in generating_model().generate(prompts, max_new_tokens=12, end_token_id=2)]
     end = answers[0][5]
-    shorter = generating_model(int(end)).generate(prompts, max_new_tokens=12)
+    shorter = generating_model().generate(prompts, max_new_tokens=12, end_token_id=int(end))
     assert shorter == [" ".join(answer[: answer.index(end)] if end in answer else answer) for answer in answers]
     assert len(shorter[0].split()) <= 5
 
@@ -277,12 +277,12 @@ def test_text_is_the_tokenizers():
     model = built_model().eval()
     ids = torch.tensor([[model.tokenizer.convert_tokens_to_ids(f"<0x{ord(letter):02X}>") for letter in "yes"] + [2, 2]])
     model.decoder.generate = lambda *arguments: ids
-    assert model.generate([tiny_document(3)]) == ["yes"]
+    assert model.generate([tiny_document(3)], end_token_id=2) == ["yes"]
 
 
 def test_training_continues_after_generation():
     model = built_model()
     before = model.loss_sum(tiny_batch())
-    model.generate(tiny_documents(), max_new_tokens=3)
+    model.generate(tiny_documents(), max_new_tokens=3, end_token_id=2)
     assert model.loss_sum(tiny_batch()) == before
     assert model.training

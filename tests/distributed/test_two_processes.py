@@ -1,4 +1,5 @@
-"""Two processes compute what one does: DDP and FSDP2, clipping, accumulation, ranks without pictures, checkpoints, generation."""
+"""Two processes compute what one does: DDP and FSDP2, clipping, accumulation, ranks without pictures, adapters, checkpoints,
+generation, the causality probe."""
 
 import io
 import os
@@ -12,26 +13,33 @@ from pair import Pair
 from tiny import (
     ALL,
     DECODER_FROZEN,
+    LLAMA,
     TOWER_FROZEN,
     Numbers,
     Prepared,
     Record,
+    TinyModel,
     assert_equal,
     built_model,
+    fill,
     tiny_document,
     tiny_documents,
     tiny_model,
     tiny_trainer,
     weights,
 )
+from torch.distributed.tensor import DTensor
 
 from callbacks.checkpoint import Checkpoint
 from callbacks.overview import Overview
 from components.batch import pack
+from components.causality import prove_causal
 from components.checkpoint_files import load_weights
+from components.decoder import HuggingFaceDecoder, LoRA, attention
 from components.errors import RecipeError
 from components.run_folder import RECIPE, checkpoint_folder
 from components.sharding import HybridSharding
+from components.tokenizer import WordTokenizer
 
 RATES = {"all": ALL, "tower_frozen": TOWER_FROZEN, "decoder_frozen": DECODER_FROZEN}
 FSDP = {"replicas": 1, "shards": 2, "param_dtype": "float32"}
@@ -63,12 +71,26 @@ def micro_batches(accumulate, ranks, rank):
     return [pack(step[start : start + size]) for step in mine for start in range(0, len(step), size)]
 
 
-def train(rates, ranks, strategy, accumulate, clip, callbacks=(), **options):
+class AdaptedModel(TinyModel):
+    """The tiny model with adapters that are the same wherever it is built, and not zero."""
+
+    def adapt(self):
+        super().adapt()
+        fill(self, seed=1)
+
+
+def adapted_model(rates, **overrides):
+    decoder = HuggingFaceDecoder(LLAMA, WordTokenizer(), lora=LoRA(rank=3, alpha=3.0))
+    model = tiny_model(rates)
+    return AdaptedModel(model.vision_tower, model.projector, decoder, rates, **overrides)
+
+
+def train(rates, ranks, strategy, accumulate, clip, callbacks=(), make=tiny_model, **options):
     """A training run with validation on this rank; weights, the values logged at each step and the validation losses."""
     rank = int(os.environ["LOCAL_RANK"]) if ranks == 2 else 0
     held_out = {"other": [pack(HELD_OUT[rank])] if ranks == 2 else [pack(step) for step in HELD_OUT]}
     options |= {"strategy": "ddp" if strategy is None else HybridSharding(**strategy)} if ranks == 2 else {}
-    model, record = tiny_model(rates, weight_decay=0.1), Record()
+    model, record = make(rates, weight_decay=0.1), Record()
     trainer = tiny_trainer(
         accumulate,
         callbacks=[record, *callbacks],
@@ -95,6 +117,57 @@ def test_two_processes_equal_one(pair, strategy, rates, accumulate, clip):
         assert_equal(ours, expected, 1e-4)
         assert losses == pytest.approx(their_losses, rel=1e-5)
     assert set(their_losses) == {"val/loss/other"}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_processes_with_adapters_equal_one(pair, strategy):
+    expected, their_steps, their_losses = train(TOWER_FROZEN, 1, None, 1, 0.3, make=adapted_model)
+    arguments = (TOWER_FROZEN, 2, STRATEGIES[strategy], 2, 0.3, (), adapted_model)
+    start = adapted_model(TOWER_FROZEN)
+    start.configure_model()
+    trained = {name for name, parameter in start.named_parameters() if parameter.requires_grad}
+    for ours, steps, losses in pair.run(train, *arguments):
+        assert [step["norm/gradient"] for step in steps] == pytest.approx([s["norm/gradient"] for s in their_steps], rel=1e-5)
+        assert_equal(ours, expected, 1e-4)
+        assert losses == pytest.approx(their_losses, rel=1e-5)
+        assert {name for name, before in weights(start).items() if not torch.equal(before, ours[name])} == trained
+
+
+class Probe(Callback):
+    """What the causality probe says of this rank's live model, and of one that is not causal."""
+
+    def on_train_start(self, trainer, pl_module):
+        before, modes = weights(pl_module), [module.training for module in pl_module.modules()]
+        self.difference = prove_causal(pl_module)
+        self.kept = all(torch.equal(value, before[name]) for name, value in weights(pl_module).items())
+        self.kept &= modes == [module.training for module in pl_module.modules()]
+        self.sharded = all(isinstance(parameter, DTensor) for parameter in pl_module.parameters())
+        attention._per_document, real = without_a_mask, attention._per_document
+        try:
+            prove_causal(pl_module)
+        except RuntimeError as error:
+            self.message = str(error)
+        finally:
+            attention._per_document = real
+
+
+def without_a_mask(query, key, value, cumulative_lengths, scaling, sliding_window):
+    key, value = (tensor.repeat_interleave(query.shape[1] // tensor.shape[1], 1) for tensor in (key, value))
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+
+
+def probed(strategy, param_dtype):
+    probe = Probe()
+    train(ALL, 2, strategy and {**strategy, "param_dtype": param_dtype}, 2, None, [probe], adapted_model)
+    return probe.difference, probe.kept, probe.sharded, probe.message
+
+
+@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_causality_probe(pair, strategy, param_dtype):
+    for difference, kept, sharded, message in pair.run(probed, STRATEGIES[strategy], param_dtype):
+        assert (difference, kept, sharded) == (0, True, strategy != "ddp")
+        assert "not causal" in message
 
 
 def sizes_of_all_reduces(accumulate):
@@ -187,7 +260,7 @@ class Answers(Callback):
         self.prompts, self.end, self.answers = prompts, end, []
 
     def on_train_start(self, trainer, pl_module):
-        pl_module.tokenizer = Numbers(self.end)
+        pl_module.tokenizer = Numbers()
         self._ask(pl_module)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
@@ -196,7 +269,7 @@ class Answers(Callback):
     def _ask(self, model):
         modes = {module: module.training for module in model.modules()}
         model.eval()
-        self.answers.append(model.generate(self.prompts, max_new_tokens=6))
+        self.answers.append(model.generate(self.prompts, max_new_tokens=6, end_token_id=self.end))
         for module, mode in modes.items():
             module.training = mode
 

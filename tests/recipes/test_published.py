@@ -75,6 +75,15 @@ def llava(size: str, stage: str) -> dict[str, object]:
 
 
 LLAVA = {f"llava15_{size}_{stage}": llava(size, stage) for size in ("7b", "13b") for stage in ("pretrain", "finetune")}
+LLAVA["llava15_7b_lora_finetune"] = {
+    **llava("7b", "finetune"),
+    "model.learning_rates.decoder": 2e-4,
+    "model.decoder.init_args.lora.rank": 128,
+    "model.decoder.init_args.lora.alpha": 256,
+    "model.decoder.init_args.lora.dropout": 0.05,
+    "model.decoder.init_args.lora.target_modules": "all-linear",
+}
+"""Source: the same, scripts/v1_5/finetune_lora.sh."""
 
 
 @pytest.mark.parametrize(("key", "value"), REFERENCE.items(), ids=str)
@@ -94,6 +103,7 @@ def test_a_published_run_is_adamw_on_a_cosine(run):
     with torch.device("meta"):
         parts = instantiate(COMMANDS[run])
         parts.model.build()
+        parts.model.adapt()
     optimizer = parts.model.configure_optimizers()
     assert isinstance(optimizer, AdamW)
     trained = {group["name"].removesuffix("_no_decay") for group in optimizer.param_groups}

@@ -48,6 +48,7 @@ def test_the_recipes_promised_are_there():
         "shapes_world_exam",
         "own_pictures",
         "own_conversations",
+        "llava15_7b_lora_finetune",
         *(f"{family}_{stage}" for family in ("llava15_7b", "llava15_13b", "meta_llava_13b") for stage in ("pretrain", "finetune")),
     }
     assert len(OVERLAYS) >= 8

@@ -23,14 +23,22 @@ def shapes(**options: Any) -> ShapesWorld:
 
 
 def opened(
-    sources: dict[str, Source], folder: Path, *, rank: int = 0, ranks: int = 1, accumulate: int = 1, step: int = 0, **options: Any
+    sources: dict[str, Source],
+    folder: Path,
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+    accumulate: int = 1,
+    step: int = 0,
+    layout: SampleFormat = LAYOUT,
+    **options: Any,
 ) -> InstructionData:
     """A data module after setup, with what it uses of a trainer."""
     data = InstructionData(sources, **{"template": "brief", "global_batch_size": 8, "num_workers": 0} | options)
     data.trainer = SimpleNamespace(  # type: ignore[assignment]
         state=SimpleNamespace(fn=TrainerFn.FITTING),
         accumulate_grad_batches=accumulate, world_size=ranks, global_rank=rank, global_step=step, max_steps=6, log_dir=str(folder),
-        lightning_module=SimpleNamespace(sample_format=lambda: LAYOUT),
+        lightning_module=SimpleNamespace(sample_format=lambda: layout),
         strategy=SimpleNamespace(root_device=torch.device("cpu")),
     )  # fmt: skip
     data.setup("validate")

@@ -11,11 +11,14 @@ import pytest
 import torch
 
 from components.batch import IGNORE_INDEX, IMAGE_TOKEN_ID, Batch
-from components.conversation import TEMPLATES, Turn
+from components.chat_template import TEMPLATES
+from components.conversation import Turn
 from components.data import InstructionData, LlavaConversations, Preparation, Sample, Source
 from components.errors import BadSample, RecipeError
 from components.images import decode, to_square
+from components.tokenizer import WordTokenizer
 from tests.components.data.small_data import LAYOUT, TOKENIZER, opened, shapes
+from tests.components.small_tokenizers import chat_tokenizer
 
 # --- what is in a batch
 
@@ -75,6 +78,8 @@ def test_documents_are_cut_between_turns_and_never_inside_a_picture(max_length: 
     assert (document.input_ids == whole.input_ids[:length]).all()
     assert (document.labels == whole.labels[:length]).all()
     assert document.labels[-1] == TOKENIZER.eos_token_id  # the last answer is whole
+    assert document.truncated
+    assert not whole.truncated
     assert (document.input_ids == IMAGE_TOKEN_ID).sum() == 4 * len(document.pixels) == 4
 
 
@@ -92,6 +97,28 @@ def test_prompts_end_where_the_answer_begins() -> None:
     assert (document.input_ids[: len(prompt.input_ids)] == prompt.input_ids).all()
     assert (prompt.labels == IGNORE_INDEX).all()
     assert TOKENIZER.decode(document.input_ids[len(prompt.input_ids) :]) == "red red red </s>"
+
+
+def test_an_answer_ends_with_the_token_of_template_or_tokenizer() -> None:
+    for template in ("brief", "plain"):  # plain has none of its own
+        assert Preparation(template, "upright", "pad", 100).end_token_id(TOKENIZER) == TOKENIZER.eos_token_id
+    endless = WordTokenizer().build()
+    endless.eos_token = None
+    with pytest.raises(RecipeError, match="Template plain has no end token and this tokenizer no eos_token"):
+        Preparation("plain", "upright", "pad", 100).end_token_id(endless)
+
+
+def test_the_template_of_the_tokenizer(tmp_path: Path) -> None:
+    """A folder with a chat template, through the module: what is learned are the answers and the template's end token."""
+    chat_tokenizer("chatml").save_pretrained(tmp_path)
+    layout = replace(LAYOUT, tokenizer=str(tmp_path))
+    data = opened({"shapes": shapes()}, tmp_path, template="chat_template", layout=layout)
+    batch = next(iter(data.train_dataloader()))
+    text = data.tokenizer.decode(batch.targets)
+    answers = text.split("<|im_end|>")[:-1]
+    assert len(answers) == 8 * 3
+    assert not any("<|im_start|>" in answer or "\n" in answer for answer in answers)
+    assert data.preparation.end_token_id(data.tokenizer) == batch.targets[-1]
 
 
 # --- bad samples

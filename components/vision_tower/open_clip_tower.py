@@ -1,6 +1,5 @@
 """Vision towers: the patch features of an open_clip image encoder, as LLaVA reads them (arXiv 2304.08485, section 4.1)."""
 
-from abc import ABC, abstractmethod
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 import open_clip
 import torch
 from jaxtyping import Float, UInt8
-from lightning import LightningModule
 from open_clip.factory import load_state_dict
 from open_clip.model import _build_vision_tower, resize_pos_embed
 from open_clip.pretrained import download_pretrained
@@ -19,40 +17,22 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from components.errors import RecipeError
+from components.hub import fetch, looks_like_hub_id
+from components.named_tensors import NamedTensors, Paired, Pairing, Renamed, SafetensorsFiles, TorchFiles
+from components.vision_tower.base import VisionTower
+from components.vision_tower.hugging_face import (
+    Split,
+    config_of,
+    demand_same_config,
+    demand_same_tensors,
+    pairings,
+    shapes_of,
+    vision_tensors,
+)
 
+KEY = "model.vision_tower.init_args.pretrained"
 REQUIRED_CONFIG_KEYS = ("image_size", "patch_size", "width", "layers", "head_width")
 OPTIONAL_CONFIG_KEYS = ("mlp_ratio", "quick_gelu")
-
-
-class VisionTower(LightningModule, ABC):
-    """Pictures in, patch features out. The attributes below are known after `__init__`; layers exist after `build`."""
-
-    image_size: int
-    """Side of the square pictures, in pixels."""
-    num_patches: int
-    """Patch features per picture."""
-    feature_dim: int
-    """Width of a patch feature."""
-    mean: tuple[float, float, float]
-    """Mean colour that the normalisation subtracts, per channel in [0, 1]."""
-    std: tuple[float, float, float]
-    """Standard deviation that the normalisation divides by, per channel."""
-
-    @abstractmethod
-    def build(self) -> None:
-        """Creates the layers with random weights; the caller may be inside `torch.device("meta")`."""
-
-    @abstractmethod
-    def load_weights(self) -> None:
-        """Reads the pretrained weights into the built layers; does nothing when none are stated."""
-
-    @abstractmethod
-    def forward(self, pixels: UInt8[Tensor, "images 3 size size"]) -> Float[Tensor, "images patches feature_dim"]:
-        """Patch features, in reading order, of pictures that are normalised here, on the device."""
-
-    @abstractmethod
-    def blocks(self) -> list[nn.Module]:
-        """The transformer blocks: the unit of sharding, activation checkpointing and compilation."""
 
 
 class OpenClipTower(VisionTower):
@@ -63,10 +43,11 @@ class OpenClipTower(VisionTower):
     Args:
         model_name: Name of an open_clip model, such as ViT-L-14 or ViT-SO400M-14-SigLIP-384. OpenAI's weights need the names
             that end in -quickgelu. Exactly one of `model_name` and `config` is stated.
-        pretrained: An open_clip tag of `model_name`, such as openai, or a checkpoint file (.pt, .pth, .bin, .safetensors) of a
-            whole open_clip model or of its vision tower. A file does not tell its activation or colours: those of `model_name`
-            hold (a mean on which all its tags agree, else OpenAI's), and CLIP's position table is resized to its picture size.
-            null: random weights.
+        pretrained: An open_clip tag of `model_name`, such as openai; a checkpoint file (.pt, .pth, .bin, .safetensors) of a whole
+            open_clip model or of its vision tower; or a folder or hub id of a Hugging Face CLIP, SigLIP or LLaVA model, such as
+            openai/clip-vit-large-patch14-336. A file does not tell its activation or colours: those of `model_name` hold (a mean
+            on which all its tags agree, else OpenAI's); a folder's must agree. CLIP's position table is resized to the tower's
+            picture size. null: random weights.
         config: An architecture instead of a name: image_size and patch_size in pixels, width, layers, head_width, and
             optionally mlp_ratio (default 4.0) and quick_gelu (default false).
         feature_layer: Index of the block whose output is used, without a norm, as a Python index: -2 is the last but one, as in
@@ -98,14 +79,14 @@ class OpenClipTower(VisionTower):
         self._tag = _pretrained_tag(model_name, pretrained, self._architecture)
         self.mean, self.std = _normalisation(model_name, self._tag)
 
-        with torch.device("meta"):
-            visual = self._whole_tower()
+        visual = self._meta_tower()
         if isinstance(visual, TimmModel):
             self.num_patches, self.feature_dim = visual.trunk.patch_embed.num_patches, visual.trunk.embed_dim
         else:
             self.num_patches, self.feature_dim = visual.grid_size[0] * visual.grid_size[1], visual.transformer.width
         self.image_size = visual.image_size[0]
-        layers = len(_blocks(visual))
+        self.has_class_token = not isinstance(visual, TimmModel)
+        self.num_layers = layers = len(_blocks(visual))
         if not -layers <= feature_layer < layers:
             raise RecipeError(
                 f"feature_layer {feature_layer} of the vision tower does not exist: {model_name or 'the config'} has {layers} "
@@ -133,12 +114,11 @@ class OpenClipTower(VisionTower):
         """
         if self.pretrained is None:
             return
-        given = _vision_weights(self._checkpoint_file(), self.pretrained)
+        given = self._folder_weights() if self._is_folder() else _vision_weights(self._checkpoint_file(), self.pretrained)
         resize_pos_embed(given, self)
         given = {name.removeprefix("visual."): tensor for name, tensor in given.items()}
         needed = {name: tensor.shape for name, tensor in self.visual.state_dict().items()}
-        with torch.device("meta"):
-            whole = self._whole_tower().state_dict()
+        whole = self._meta_tower().state_dict()
         problems = [f"missing {name} {tuple(shape)}" for name, shape in needed.items() if name not in given]
         problems += [f"unknown {name} {tuple(tensor.shape)}" for name, tensor in given.items() if name not in whole]
         problems += [
@@ -169,6 +149,58 @@ class OpenClipTower(VisionTower):
     def blocks(self) -> list[nn.Module]:
         """The transformer blocks up to `feature_layer`."""
         return _blocks(self.visual)
+
+    def huggingface_names(self) -> list[Pairing]:
+        """Our tensors and transformers' names of them."""
+        return pairings(self.visual)
+
+    def huggingface_config(self, layers: int) -> dict[str, Any]:
+        """The `vision_config` of CLIPVisionModel, or of SiglipVisionModel for towers that come through timm."""
+        return config_of(self._meta_tower(), layers, self._architecture["embed_dim"])
+
+    def unused_weights(self) -> NamedTensors | None:
+        """The blocks after `feature_layer` and the final norm, from `pretrained`."""
+        if self.pretrained is None:
+            return None
+        whole = pairings(self._meta_tower())
+        used = {pair.ours for pair in self.huggingface_names()}
+        unused = [pair for pair in whole if pair.ours not in used]
+        if self._is_folder():
+            found = vision_tensors(fetch(self.pretrained, KEY), KEY)
+            names = {name for pair in unused for name in pair.theirs}
+        else:
+            file = Path(self._checkpoint_file())
+            stored = SafetensorsFiles([file]) if file.suffix == ".safetensors" else TorchFiles([file], section="state_dict")
+            bare = not any(name.startswith("visual.") for name in stored.infos)
+            found = Renamed(stored, lambda name: f"visual.{name}" if bare else name)
+            names = {pair.ours for pair in unused}
+        if missing := sorted(names - found.infos.keys()):
+            raise RecipeError(f"{KEY}: {self.pretrained} lacks {missing[0]} and {len(missing) - 1} others.")
+        return Renamed(found, lambda name: name if name in names else None) if self._is_folder() else Split(found, unused)
+
+    def _is_folder(self) -> bool:
+        """Whether `pretrained` is a Hugging Face folder or hub id."""
+        pretrained = str(self.pretrained)
+        return self._tag is None and (Path(pretrained).is_dir() or looks_like_hub_id(pretrained)) and not _is_file_name(pretrained)
+
+    def _folder_weights(self) -> dict[str, Tensor]:
+        """The tensors that the features need, of a Hugging Face folder, in fp32, each name with the prefix `visual.`."""
+        folder = fetch(str(self.pretrained), KEY)
+        whole = self._meta_tower()
+        demand_same_config(folder, self.huggingface_config(self.num_layers), self.mean, self.std, KEY)
+        found = vision_tensors(folder, KEY)
+        pairs = self.huggingface_names()
+        needed = dict(shapes_of(pairs, self.visual.state_dict()))
+        known = [name for pair in pairings(whole) for name in pair.theirs]
+        table = "embeddings.position_embedding.weight" if self.has_class_token else None
+        demand_same_tensors(found, needed, known, table, KEY)
+        ours = Paired(found, pairs)
+        return {name: ours.read(name).float() for name in ours.infos}
+
+    def _meta_tower(self) -> VisionTransformer | TimmModel:
+        """All of the architecture, without memory."""
+        with torch.device("meta"):
+            return self._whole_tower()
 
     def _whole_tower(self) -> VisionTransformer | TimmModel:
         visual = _build_vision_tower(**self._architecture)
@@ -201,6 +233,10 @@ class OpenClipTower(VisionTower):
 
 def _blocks(visual: VisionTransformer | TimmModel) -> list[nn.Module]:
     return list(visual.trunk.blocks if isinstance(visual, TimmModel) else visual.transformer.resblocks)
+
+
+def _is_file_name(pretrained: str) -> bool:
+    return Path(pretrained).suffix in (".pt", ".pth", ".bin", ".safetensors")
 
 
 def _suggest(word: str, known: list[str]) -> str:
@@ -239,12 +275,12 @@ def _pretrained_tag(model_name: str | None, pretrained: str | None, architecture
     """What open_clip knows of the tag; None when `pretrained` is null or a file."""
     if pretrained is None:
         return None
-    looks_like_file = "/" in pretrained or Path(pretrained).suffix in (".pt", ".pth", ".bin", ".safetensors")
+    looks_like_file = "/" in pretrained or _is_file_name(pretrained)
     if model_name is None:
         if looks_like_file:
             return None
         raise RecipeError(
-            f"pretrained '{pretrained}' is no checkpoint file. A vision tower with a config has no tags: state a path."
+            f"pretrained '{pretrained}' is no checkpoint file. A vision tower with a config has no tags: state a path or a hub id."
         )
     base_name = model_name.removesuffix("-quickgelu")
     tag = open_clip.get_pretrained_cfg(model_name, pretrained) or open_clip.get_pretrained_cfg(base_name, pretrained)

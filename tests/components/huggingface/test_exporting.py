@@ -1,0 +1,214 @@
+"""`export`: what leaves is what came or what was trained, proven by transformers, or it does not leave."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from llava_folders import ROWS, hugging_face_folder, state_of
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from small_recipe import fit, merged, write_recipe
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+import main
+from components.huggingface import exporting
+from components.huggingface.certificate import TOLERANCES
+from components.huggingface.exporting import default_dtype
+from components.named_tensors import SafetensorsFiles
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
+
+MLP_MODEL = {"vision_tower": {"init_args": {"config": {"quick_gelu": True, "layers": 3}, "feature_layer": -2}}}
+FILES = {
+    "config.json", "generation_config.json", "chat_template.jinja", "processor_config.json", "preprocessor_config.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "certificate.json",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_import_and_export_return_the_same_tensors(tmp_path):
+    """Bit for bit and name for name, the tower's last block and the rows for pictures included."""
+    released = hugging_face_folder(tmp_path / "released")
+    assert main.main(["import", "--weights", str(released), "--run", "r"]) == 0
+    assert main.main(["export", "--ckpt", "runs/r", "--output", "out"]) == 0
+    before, after = state_of(released), state_of(tmp_path / "out")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype and torch.equal(tensor, after[name]), name
+    config, original = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "out", released))
+    assert config["image_token_index"] == original["image_token_index"]
+    assert (config["vision_feature_layer"], config["text_config"]["vocab_size"]) == (-2, ROWS)
+    assert config["image_decoding"] == "llava"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of a few steps whose model has a place in the layout."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        recipe = write_recipe(
+            folder / "small.yaml",
+            max_steps=6,
+            trainer={"enable_progress_bar": False},
+            model=merged(MLP_MODEL, {"learning_rates": {"vision_tower": 0.02, "projector": 0.02, "decoder": 0.02}}),
+        )
+        assert fit(recipe) == 0
+    return folder / "runs" / "small"
+
+
+def test_transformers_answers_as_ask_does(trained, tmp_path, capsys):
+    """Pictures with orientation and without, through the exported processor and chat template alone."""
+    Image.new("RGB", (40, 25), (220, 40, 40)).save("red.png")
+    assert main.main(["export", "--ckpt", str(trained), "--output", "out", "--image", "red.png"]) == 0
+    assert FILES <= {path.name for path in Path("out").iterdir()}
+    assert not Path("out.unfinished").exists()
+    certificate = json.loads(Path("out/certificate.json").read_text())
+    assert certificate["equal"] and all(check["equal"] for check in certificate["checks"])
+    assert (certificate["decoding"], certificate["image_mode"], certificate["dtype"]) == ("upright", "pad", "float32")
+    assert {"tower_layers", "peak_memory_mib", "packages", "sha256", "recipe_sha256"} <= certificate.keys()
+    assert certificate["tower_layers"].startswith("2 of 3")
+
+    capsys.readouterr()
+    question = "what color is the object"
+    assert main.main(["ask", "--ckpt", str(trained), "--image", "red.png", "--question", question, "--max_new_tokens", "32"]) == 0
+    ours = capsys.readouterr().out.rstrip("\n")
+    processor = AutoProcessor.from_pretrained("out", backend="pil")
+    model, loading = LlavaForConditionalGeneration.from_pretrained("out", output_loading_info=True)
+    assert not any(loading.values())
+    messages = [{"role": "user", "content": [{"type": "image", "path": "red.png"}, {"type": "text", "text": question}]}]
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    new = model.generate(**inputs, max_new_tokens=32)[0, inputs["input_ids"].shape[1] :]
+    assert processor.decode(new, skip_special_tokens=True).strip() == ours
+
+
+def test_an_export_can_be_imported_again(trained, tmp_path):
+    """Even one whose tower lost the layers that no feature passes through."""
+    assert main.main(["export", "--ckpt", str(trained), "--output", "first"]) == 0
+    assert main.main(["import", "--weights", "first", "--run", "again", "--template", "brief"]) == 0
+    assert main.main(["export", "--ckpt", "runs/again", "--output", "second", "--dtype", "float32"]) == 0
+    before, after = state_of(tmp_path / "first"), state_of(tmp_path / "second")
+    assert before.keys() == after.keys() and all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_rounded_exports_are_proven_with_rounded_weights(dtype, trained):
+    assert main.main(["export", "--ckpt", str(trained), "--output", "out", "--dtype", dtype]) == 0
+    assert {tensor.dtype for tensor in load_file("out/model.safetensors").values()} == {getattr(torch, dtype)}
+    assert json.loads(Path("out/certificate.json").read_text())["tokens_change_by_rounding"] in (True, False)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "check"),
+    [
+        ("multi_modal_projector.linear_2.bias", "logits"),
+        ("vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight", "features"),
+        ("language_model.model.layers.0.self_attn.o_proj.weight", "logits"),
+    ],
+)
+def test_a_tensor_gone_wrong_stops_the_export(tensor, check, trained, monkeypatch, capsys):
+    """One tensor, a hundredth too large."""
+    written = exporting.write_safetensors
+
+    def spoiled(folder, *arguments):
+        sums = written(folder, *arguments)
+        state = load_file(folder / "model.safetensors")
+        state[tensor] *= 1.01
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        return sums
+
+    monkeypatch.setattr(exporting, "write_safetensors", spoiled)
+    assert main.main(["export", "--ckpt", str(trained), "--output", "out"]) == 2
+    said = capsys.readouterr()
+    assert "The export is not the model" in said.err and f"  {check}: " in said.err
+    assert not Path("out").exists()
+    certificate = json.loads(Path("out.unfinished/certificate.json").read_text())
+    assert not certificate["equal"]
+    assert next(one for one in certificate["checks"] if one["what"] == check)["found"] > TOLERANCES[check]
+    assert main.main(["export", "--ckpt", str(trained), "--output", "out"]) == 2
+    assert "out.unfinished exists" in capsys.readouterr().err
+
+
+def test_a_chat_template_gone_wrong_stops_the_export(trained, monkeypatch, capsys):
+    right = exporting.to_jinja
+    monkeypatch.setattr(exporting, "to_jinja", lambda *arguments: right(*arguments).replace("Q:", "A:"))
+    assert main.main(["export", "--ckpt", str(trained), "--output", "out"]) == 2
+    assert "ids of the prompt, text alone: False, allowed True" in capsys.readouterr().err
+
+
+def test_a_projector_without_a_place_in_the_layout(tmp_path, capsys):
+    part = {"class_path": "components.projector.PixelShuffle", "init_args": {"factor": 2, "depth": 2}}
+    recipe = write_recipe(tmp_path / "small.yaml", max_steps=3, trainer={"enable_progress_bar": False}, model={"projector": part})
+    assert fit(recipe) == 0
+    capsys.readouterr()
+    assert main.main(["export", "--ckpt", "runs/small", "--output", "out"]) == 2
+    assert "The projector of this run is PixelShuffle of depth 2" in capsys.readouterr().err
+    assert not list(Path().glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--ckpt", "runs/none", "--output", "out"], "--ckpt: runs/none does not exist"),
+        (["--ckpt", "TRAINED", "--output", "."], "exists. Choose another name"),
+        (["--ckpt", "TRAINED", "--output", "out", "--image", "none.png"], "--image: none.png does not exist"),
+    ],
+)
+def test_mistakes(options, message, trained, capsys):
+    assert main.main(["export", *(str(trained) if option == "TRAINED" else option for option in options)]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("trainer", "stored", "expected"),
+    [
+        ({"precision": "32-true", "strategy": "auto"}, torch.float32, torch.float32),
+        ({"precision": "bf16-mixed", "strategy": "auto"}, torch.float32, torch.bfloat16),
+        ({"precision": "16-mixed", "strategy": "auto"}, torch.float32, torch.float16),
+        ({"precision": "32-true", "strategy": {"init_args": {"param_dtype": "bfloat16"}}}, torch.float32, torch.bfloat16),
+        (None, torch.float16, torch.float16),
+    ],
+)
+def test_the_number_format_is_that_of_the_run(trainer, stored, expected):
+    save_file({"x": torch.zeros(1, dtype=stored)}, "x.safetensors")
+    assert default_dtype({"trainer": trainer}, SafetensorsFiles([Path("x.safetensors")])) == expected
+
+
+MEASURE = """
+import sys, torch, main
+from pathlib import Path
+from components.huggingface import exporting, certificate
+from components.huggingface.memory import peak_mib
+exporting.certify = lambda *arguments: print("MEMORY", arguments[-1]["export_memory_mib_above_imports"], peak_mib() - before)
+before = peak_mib()
+sys.exit(main.main(["export", "--ckpt", sys.argv[1], "--output", "out"]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["whole", "sharded"])
+def test_memory_stays_below_one_gibibyte(layout, tmp_path):
+    """4 GiB of random weights, as one file and as a sharded checkpoint."""
+    big = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 13, "vocab_size": 32000}
+    recipe = merged(MLP_MODEL, {"decoder": {"init_args": {"config": big | {"num_attention_heads": 16, "num_key_value_heads": 16}}}})
+    from big_checkpoint import write_checkpoint
+
+    size = write_checkpoint(tmp_path / "runs/big", recipe, sharded=layout == "sharded")
+    assert size > 4 * 2**30
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, "runs/big"], capture_output=True, text=True, check=False,
+        env={**__import__("os").environ, "PYTHONPATH": str(Path(main.__file__).parent)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    inside, whole = map(float, done.stdout.split("MEMORY")[1].split()[:2])
+    print(f"{layout}: {inside} MiB while writing, {whole:.0f} MiB in all")
+    assert max(inside, whole) <= 1024
