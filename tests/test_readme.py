@@ -18,6 +18,9 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"(?:<!-- ([\w ]+) -->\n)?```(\w+)\n(.*?)```", README, re.DOTALL)
 
 TO_THEIR_EDGE = {
+    "main.py import": "needs the network; small folders are imported in tests/components/huggingface, here its options are read",
+    "main.py export": "needs a trained run; small runs are exported in tests/components/huggingface, here its options are read",
+    "vllm serve": "needs vLLM and a GPU; that the named template is written is tested with the exports",
     "tensorboard --logdir runs/quickstart": "serves until stopped; here it is asked for its help",
     "torchrun --nproc_per_node 8": "needs 8 GPUs; the command behind it is resolved",
     "srun python main.py fit": "needs a cluster; the script is read by bash -n and the command behind it resolved",
@@ -106,6 +109,17 @@ def test_recipe_block_resolves(tmp_path, monkeypatch, capsys):
         main.main(["fit", "--config", "recipe.yaml", "--print_config"])
     assert end.value.code == 0
     assert yaml.safe_load(capsys.readouterr().out)["data"]["global_batch_size"] == 256
+
+
+@pytest.mark.parametrize("command", ["ask", "import", "export"])
+def test_options_of_commands_without_a_recipe_exist(command, capsys):
+    with pytest.raises(SystemExit):
+        main.main([command, "--help"])
+    options = capsys.readouterr().out
+    lines = [line for line in bash_lines() if f"main.py {command} " in line]
+    assert lines
+    for line in lines:
+        assert all(option in options for option in re.findall(r"--\w+", line)), line
 
 
 def test_ask_and_tensorboard_explain_themselves(capsys):

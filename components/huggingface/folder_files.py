@@ -111,7 +111,7 @@ def write_processor(folder: Path, model: Any, vocabulary: Vocabulary, preparatio
     tower = model.vision_tower
     size = tower.image_size
     side = {"height": size, "width": size}
-    colors = {"image_mean": list(tower.mean), "image_std": list(tower.std)}
+    colors: dict[str, Any] = {"image_mean": list(tower.mean), "image_std": list(tower.std)}
     if preparation.image_mode == "pad":
         images: Any = LlavaImageProcessor(do_pad=True, size={"shortest_edge": size}, crop_size=side, **colors)
     elif preparation.image_mode == "crop":

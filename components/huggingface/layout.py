@@ -20,6 +20,7 @@ from components.named_tensors import NamedTensors, Pairing, Renamed, TorchFiles,
 
 TOWER, PROJECTOR, DECODER = "vision_tower.vision_model.", "multi_modal_projector.", "language_model."
 PROJECTOR_FILE = "mm_projector.bin"
+Layout = Literal["hugging_face", "original", "projector"]
 DECODING_KEY = "image_decoding"
 """Key of an exported config.json that says how pictures were decoded: a processor does not."""
 
@@ -101,7 +102,7 @@ class LlavaFolder:
     """
 
     folder: Path
-    layout: Literal["hugging_face", "original", "projector"]
+    layout: Layout
     tensors: NamedTensors
     config: dict[str, Any]
     text_config: PreTrainedConfig | None = None
@@ -140,10 +141,12 @@ def open_llava(folder: Path, key: str) -> LlavaFolder:
         config = json.loads(file.read_text())
     except ValueError as error:
         raise RecipeError(f"{key}: {file} is not JSON: {error}. Fetch it again.") from error
+    layout: Layout
+    text: PreTrainedConfig | None
     try:
         if "vision_config" in config and "text_config" in config:
             # transformers writes into the dictionaries it is given
-            parsed = LlavaConfig(**copy.deepcopy(config))
+            parsed: Any = LlavaConfig(**copy.deepcopy(config))
             config = {**config, "vision_config": parsed.vision_config.to_dict()}
             layout, text = "hugging_face", parsed.text_config
         elif "mm_hidden_size" in config or "mm_projector_type" in config:

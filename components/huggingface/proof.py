@@ -106,10 +106,10 @@ def theirs(folder: Path, job: dict[str, Any]) -> None:
     asked = json.loads((folder / f"{OURS}.json").read_text())["answers"]
     processor: Any = AutoProcessor.from_pretrained(export, backend="pil")
     torchvision: Any = AutoImageProcessor.from_pretrained(export, backend="torchvision")
-    model: Any
-    model, loading = LlavaForConditionalGeneration.from_pretrained(
+    loaded: Any = LlavaForConditionalGeneration.from_pretrained(
         export, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
+    model, loading = loaded
     model.eval()
     tensors: dict[str, Tensor] = {}
     answers = []
