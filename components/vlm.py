@@ -139,15 +139,23 @@ class VisionLanguageModel(LightningModule):
         for name, part in self.parts.items():
             part.requires_grad_(getattr(self.learning_rates, name) is not None)
 
-    def configure_model(self) -> None:
-        """Build, read weights, shard. Called by the Trainer, and by `ask`."""
-        if self.built:
-            return
+    def demand_vocabulary(self) -> None:
+        """Every token of the tokenizer has a row in the decoder's tables.
+
+        Raises:
+            RecipeError: It has not.
+        """
         if len(self.tokenizer) > self.decoder.vocab_size:
             raise RecipeError(
                 f"The tokenizer has {len(self.tokenizer)} tokens, but the decoder's vocab_size is {self.decoder.vocab_size} "
                 "(key model.decoder.init_args.config.vocab_size). Raise it, or name the tokenizer of these weights."
             )
+
+    def configure_model(self) -> None:
+        """Build, read weights, shard. Called by the Trainer, and by `ask`."""
+        if self.built:
+            return
+        self.demand_vocabulary()
         self.build()
         if self.initial_weights is None:
             self.vision_tower.load_weights()

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from components.chat_template import resolve_template, to_jinja
 from components.checkpoint_files import demand_fit, merged_weights
 from components.errors import RecipeError
-from components.huggingface.certificate import certify
+from components.huggingface.certificate import CERTIFICATE, certify
 from components.huggingface.folder_files import extend, write_config, write_generation, write_processor
 from components.huggingface.layout import DECODER, TOWER, pairings
 from components.huggingface.memory import peak_mib
@@ -58,6 +58,7 @@ def export(
     recipe = read_checkpoint_recipe(checkpoint)
     model, preparation = rebuild(recipe)
     _demand_llava_shape(model)
+    model.demand_vocabulary()
     with torch.device("meta"):
         model.build()
     weights = merged_weights(checkpoint)
@@ -81,7 +82,7 @@ def export(
 
         files = write_safetensors(unfinished, infos, read)
         bar.close()
-        write_config(unfinished, model, vocabulary, tensors.layers, written_as, preparation.decoding)
+        write_config(unfinished, model, vocabulary, tensors.layers, written_as, preparation)
         write_processor(unfinished, model, vocabulary, preparation, to_jinja(template, tokenizer))
         write_generation(unfinished, vocabulary, end_token_id)
         facts = {
@@ -89,10 +90,11 @@ def export(
             "export_memory_mib_above_imports": round(peak_mib() - before),
             "sha256": files,
         }
+        certify(checkpoint, unfinished, written_as, [Path(name) for name in image or []], facts)
     except BaseException:
-        shutil.rmtree(unfinished)
+        if not (unfinished / CERTIFICATE).is_file():  # else the folder shows what is unlike
+            shutil.rmtree(unfinished)
         raise
-    certify(checkpoint, unfinished, written_as, [Path(name) for name in image or []], facts)
     unfinished.rename(final)
     print(f"{final} equals {checkpoint}: see {final / 'certificate.json'}.")
     return final

@@ -19,7 +19,7 @@ from transformers.models.llava.image_processing_llava import LlavaImageProcessor
 
 from components.data import Preparation
 from components.decoder.architecture import architecture
-from components.huggingface.layout import DECODING_KEY
+from components.huggingface.layout import DECODING_KEY, TEMPLATE_KEY
 
 IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
 ROW_MULTIPLE = 64
@@ -62,7 +62,9 @@ def extend(tokenizer: PreTrainedTokenizerBase, rows: int) -> Vocabulary:
     return Vocabulary(tokenizer, image_id, pad_id, rows if needed <= rows else -(-needed // ROW_MULTIPLE) * ROW_MULTIPLE)
 
 
-def write_config(folder: Path, model: Any, vocabulary: Vocabulary, layers: int, dtype: torch.dtype, decoding: str) -> None:
+def write_config(
+    folder: Path, model: Any, vocabulary: Vocabulary, layers: int, dtype: torch.dtype, preparation: Preparation
+) -> None:
     """config.json, readable by transformers 4 and 5.
 
     Args:
@@ -71,7 +73,7 @@ def write_config(folder: Path, model: Any, vocabulary: Vocabulary, layers: int, 
         vocabulary: Tokens and rows.
         layers: Layers of the vision tower in the export.
         dtype: Number format of the weights.
-        decoding: How pictures were decoded in training.
+        preparation: How samples were prepared in training.
     """
     tower = model.vision_tower
     # dictionaries, never the live config: transformers writes into a config that is handed to a second model
@@ -89,7 +91,8 @@ def write_config(folder: Path, model: Any, vocabulary: Vocabulary, layers: int, 
         vision_feature_select_strategy="default" if tower.has_class_token else "full",
         tie_word_embeddings=text["tie_word_embeddings"],
     )
-    content = config.to_dict() | {"architectures": ["LlavaForConditionalGeneration"], DECODING_KEY: decoding}
+    content = config.to_dict() | {"architectures": ["LlavaForConditionalGeneration"], DECODING_KEY: preparation.decoding}
+    content[TEMPLATE_KEY] = preparation.template
     content |= {"pad_token_id": vocabulary.pad_token_id}
     name = str(dtype).removeprefix("torch.")
     for section in (content, content["text_config"], content["vision_config"]):

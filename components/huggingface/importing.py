@@ -17,7 +17,7 @@ from components.decoder.architecture import NOT_ARCHITECTURE
 from components.errors import RecipeError
 from components.hub import fetch, looks_like_hub_id
 from components.huggingface.initial import allocate, load_llava
-from components.huggingface.layout import DECODING_KEY, LlavaFolder, open_llava, preprocessing, vision_config
+from components.huggingface.layout import DECODING_KEY, TEMPLATE_KEY, TOWER, LlavaFolder, open_llava, preprocessing, vision_config
 from components.images import Decoding, SquareMode
 from components.projector import MLP
 from components.rebuild import rebuild
@@ -31,7 +31,7 @@ def import_llava(
     weights: str,
     run: str,
     vision_tower: str | None = None,
-    template: str = "vicuna_v1",
+    template: str | None = None,
     decoding: Decoding | None = None,
     image_mode: SquareMode | None = None,
 ) -> Path:
@@ -43,7 +43,7 @@ def import_llava(
         run: Name of the new run folder inside runs/.
         vision_tower: Folder or hub id of the CLIP tower where the model leaves it out, as the original releases do; by default
             the one that its config names.
-        template: Conversation template that the model was trained with.
+        template: Conversation template that the model was trained with; by default what the model says, else `vicuna_v1`.
         decoding: `llava` or `upright`; by default what the model says, else `llava`.
         image_mode: `pad`, `crop` or `squash`; by default what the model says, else `pad`, which LLaVA-1.5 was trained with
             although the processors of the llava-hf releases crop.
@@ -66,7 +66,7 @@ def import_llava(
     recipe = {
         "model": _model_section(llava, weights if looks_like_hub_id(weights) else str(source.resolve()), vision_tower),
         "data": {
-            "template": template,
+            "template": template or llava.config.get(TEMPLATE_KEY) or "vicuna_v1",
             "decoding": decoding or llava.config.get(DECODING_KEY) or "llava",
             "image_mode": image_mode or _image_mode(stated, DECODING_KEY in llava.config) or "pad",
             "max_length": min(2048, getattr(llava.text_config, "max_position_embeddings", 2048)),
@@ -74,11 +74,16 @@ def import_llava(
     }
     model, _ = rebuild(recipe)
     dtypes = {info.dtype for info in llava.tensors.infos.values()}
-    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    # a tower from elsewhere may have another number format, which rounding would harm
+    dtype = dtypes.pop() if len(dtypes) == 1 and llava.holds(TOWER) else torch.float32
+    model.demand_vocabulary()
     allocate(model, dtype)
     held = load_llava(model, source, "--weights")
     model.eval()
-    prove_causal(model)
+    try:
+        prove_causal(model)
+    except RuntimeError as error:
+        raise RecipeError(f"--weights: {weights}: {error}") from error
     _write(folder, model, recipe)
     origin = ", ".join(f"{part.replace('_', ' ')} from {'it' if part in held else 'its own weights'}" for part in model.parts)
     print(f"{weights} ({llava.layout.replace('_', ' ')} layout, {str(dtype).removeprefix('torch.')}) is now {folder}: {origin}.")
@@ -112,7 +117,9 @@ def _write(folder: Path, model: VisionLanguageModel, recipe: dict[str, Any]) -> 
 
 def _model_section(llava: LlavaFolder, weights: str, vision_tower: str | None) -> dict[str, Any]:
     text: Any = llava.text_config
-    keys = {name: value for name, value in text.to_dict().items() if name not in NOT_ARCHITECTURE and value is not None}
+    defaults = type(text)().to_dict()
+    stated = {name: value for name, value in text.to_dict().items() if name in defaults and name not in NOT_ARCHITECTURE}
+    keys = {name: value for name, value in stated.items() if value is not None or defaults.get(name) is not None}
     if llava.layout == "hugging_face":
         vision, tower = llava.config["vision_config"], vision_tower or weights
         depth = 2

@@ -92,6 +92,7 @@ def allocate(model: Any, dtype: torch.dtype) -> None:
     for parameter in model.parameters():  # not .to(): rotary tables stay in float32
         parameter.data = parameter.data.to(dtype)
     model.to_empty(device="cpu")
+    model.decoder.lm.tie_weights()  # a head that is the embedding table has become another tensor
     model.decoder.reset_buffers()
 
 
@@ -138,7 +139,8 @@ def _config_problems(model: Any, llava: LlavaFolder, held: set[str]) -> list[str
         compare("mm_use_im_start_end", bool(config.get("mm_use_im_start_end")), False)
         layers = tower.num_layers
     if llava.feature_block is None:
-        problems.append(f"vision_feature_layer: {config.get('vision_feature_layer')} there, one layer in the recipe")
+        layer = config.get("vision_feature_layer", config.get("mm_vision_select_layer"))
+        problems.append(f"vision_feature_layer: {layer} there, one layer counted from the end in the recipe")
     else:
         used = layers + llava.feature_block
         compare("block of the vision tower that is used", used, tower.feature_layer % tower.num_layers)

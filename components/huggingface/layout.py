@@ -21,8 +21,8 @@ from components.named_tensors import NamedTensors, Pairing, Renamed, TorchFiles,
 TOWER, PROJECTOR, DECODER = "vision_tower.vision_model.", "multi_modal_projector.", "language_model."
 PROJECTOR_FILE = "mm_projector.bin"
 Layout = Literal["hugging_face", "original", "projector"]
-DECODING_KEY = "image_decoding"
-"""Key of an exported config.json that says how pictures were decoded: a processor does not."""
+DECODING_KEY, TEMPLATE_KEY = "image_decoding", "conversation_template"
+"""Keys of an exported config.json that say what a processor does not: how pictures were decoded, and our name of the template."""
 
 _RULES = tuple(
     (re.compile(pattern), canonical)
@@ -115,7 +115,7 @@ class LlavaFolder:
     def feature_block(self) -> int | None:
         """The index of the vision transformer block whose output is used, counted from the end (-1 is the last)."""
         layer = self.config.get("vision_feature_layer" if self.layout == "hugging_face" else "mm_vision_select_layer", -2)
-        if self.layout == "projector" or not isinstance(layer, int):
+        if self.layout == "projector" or not isinstance(layer, int) or (self.layout == "original" and layer >= 0):
             return None
         # transformers counts the embeddings as layer 0
         return layer if layer < 0 else layer - 1 - self.config["vision_config"]["num_hidden_layers"]

@@ -113,7 +113,7 @@ def theirs(folder: Path, job: dict[str, Any]) -> None:
     model.eval()
     tensors: dict[str, Tensor] = {}
     answers = []
-    levels = 0.0
+    levels = [0.0]
     conversations = [_conversation(Case(**case)) for case in job["cases"]]
     with torch.no_grad():
         for number, (conversation, answer) in enumerate(zip(conversations, asked, strict=True)):
@@ -131,15 +131,15 @@ def theirs(folder: Path, job: dict[str, Any]) -> None:
                 pictures = [Image.open(name) for name in job["cases"][number]["images"]]
                 others = torchvision(pictures, return_tensors="pt")["pixel_values"]
                 std = torch.tensor(processor.image_processor.image_std)[:, None, None]
-                levels = max(levels, ((others - pixels) * std * 255).abs().max().item())
+                levels.append(((others - pixels) * std * 255).abs().max().item())
         together = _generated(model, _tokenized(processor, conversations[:2]))
-        causality = _their_causality(model, asked[-1]["prompt"])
+        causality = _their_causality(model, asked[-1]["prompt"] + asked[-1]["new"])
     result = {
         "answers": answers,
         "loading": {kind: sorted(map(str, names)) for kind, names in loading.items() if names},
         "two_in_a_batch": together,
         "causality": causality,
-        "torchvision_levels": levels,
+        "torchvision_levels": max(levels),
         "image_token_id": model.config.image_token_index,
     }
     _save(folder, THEIRS, tensors, result)
@@ -176,9 +176,9 @@ def _generated(model: Any, inputs: dict[str, Tensor]) -> list[list[int]]:
     return [row[: row.index(end) + 1] if end in row else row for row in rows]
 
 
-def _their_causality(model: Any, prompt: list[int]) -> float:
+def _their_causality(model: Any, text: list[int]) -> float:
     """How much earlier logits change with the last token of a text; 0 for a causal model."""
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([text])
     other = ids.clone()
     other[0, -1] = int(ids[0, -1] == 0)
     return (model(input_ids=ids).logits[0, :-1] - model(input_ids=other).logits[0, :-1]).abs().max().item()

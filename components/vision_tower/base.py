@@ -24,6 +24,10 @@ class VisionTower(LightningModule, ABC):
     """Mean colour that the normalisation subtracts, per channel in [0, 1]."""
     std: tuple[float, float, float]
     """Standard deviation that the normalisation divides by, per channel."""
+    num_layers: int
+    """Blocks of the whole architecture, with those that no feature passes through."""
+    has_class_token: bool
+    """Whether the encoder has a token besides its patches, which is not a feature."""
 
     @abstractmethod
     def build(self) -> None:
@@ -41,12 +45,7 @@ class VisionTower(LightningModule, ABC):
     def blocks(self) -> list[nn.Module]:
         """The transformer blocks: the unit of sharding, activation checkpointing and compilation."""
 
-    # --- the Hugging Face layout; a tower that has no place in it leaves these as they are
-
-    num_layers: int
-    """Blocks of the whole architecture, those that no feature passes through included."""
-    has_class_token: bool
-    """Whether the encoder has a token besides its patches, which is not a feature."""
+    # --- the Hugging Face layout; a tower without a place in it leaves these as they are
 
     def huggingface_names(self) -> list[Pairing]:
         """Our tensors, named as in this part's state dict, and those of transformers' vision model without any prefix.
@@ -65,12 +64,12 @@ class VisionTower(LightningModule, ABC):
         raise self._no_place()
 
     def unused_weights(self) -> NamedTensors | None:
-        """Tensors of the pretrained encoder that no feature passes through, under transformers' names; None without such weights.
+        """Tensors of the pretrained encoder that no feature passes through, under transformers' names; None for random weights.
 
         Raises:
-            RecipeError: The pretrained weights cannot be read.
+            RecipeError: transformers has no such model, or the pretrained weights cannot be read.
         """
-        return None
+        raise self._no_place()
 
     def _no_place(self) -> RecipeError:
-        return RecipeError(f"The vision tower {type(self).__name__} has no place in the Hugging Face LLaVA layout.")
+        return RecipeError(f"The vision tower {type(self).__name__} cannot be written in the Hugging Face LLaVA layout.")

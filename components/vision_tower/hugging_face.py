@@ -1,224 +1,174 @@
 """Vision transformers of open_clip and of transformers: the same tensors under two names, the same architecture in two configs."""
 
-import json
-import re
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+import math
+from dataclasses import dataclass
 from typing import Any
 
 from open_clip.timm_model import TimmModel
-from open_clip.transformer import QuickGELU, VisionTransformer
-from torch import Tensor, nn
+from open_clip.transformer import QuickGELU, ResidualAttentionBlock, VisionTransformer
+from timm.layers import GELU, GELUTanh
+from timm.models.vision_transformer import Block
+from torch import nn
 
 from components.errors import RecipeError
-from components.named_tensors import NamedTensors, Pairing, Renamed, TensorInfo, differences, listed, weights_in
+from components.named_tensors import Pairing, listed
 
-QKV = ("q_proj", "k_proj", "v_proj")
-BOTH = ("weight", "bias")
-CLIP_BLOCK = {
-    "ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-}  # fmt: skip
-SIGLIP_BLOCK = {
-    "norm1": "layer_norm1", "norm2": "layer_norm2", "attn.proj": "self_attn.out_proj", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2",
-}  # fmt: skip
-CLIP_TOP = {
-    "class_embedding": "embeddings.class_embedding",
-    "conv1.weight": "embeddings.patch_embedding.weight",
-    "positional_embedding": "embeddings.position_embedding.weight",
-    **{
-        f"{ours}.{kind}": f"{theirs}.{kind}"
-        for ours, theirs in (("ln_pre", "pre_layrnorm"), ("ln_post", "post_layernorm"))
-        for kind in BOTH
+KINDS = ("weight", "bias")
+
+
+@dataclass(frozen=True)
+class Family:
+    """One of transformers' vision models, and how open_clip names its tensors.
+
+    Args:
+        model_type: Its name in a config.json.
+        top: Our names and theirs of the tensors outside of the blocks.
+        blocks: Our name of the list of blocks.
+        qkv: Our name of query, key and value in one, in a block, before `weight` and `bias`.
+        layers: Our names and theirs of a block's other layers.
+        heads: What our names of pooling and projection begin with; no patch feature passes through them.
+        defaults: Values that a config.json leaves out.
+    """
+
+    model_type: str
+    top: dict[str, str]
+    blocks: str
+    qkv: str
+    layers: dict[str, str]
+    heads: tuple[str, ...]
+    defaults: dict[str, Any]
+
+    def pairings(self, layers: int) -> list[Pairing]:
+        """Our tensors, named as in the tower's state dict, and theirs without prefix, of an encoder with a number of blocks."""
+        pairs = [Pairing(f"visual.{ours}", (theirs,), ours == "trunk.pos_embed") for ours, theirs in self.top.items()]
+        for number in range(layers):
+            ours, theirs = f"visual.{self.blocks}.{number}", f"encoder.layers.{number}"
+            for kind in KINDS:
+                qkv = tuple(f"{theirs}.self_attn.{part}_proj.{kind}" for part in "qkv")
+                pairs.append(Pairing(f"{ours}.{self.qkv}{kind}", qkv))
+                pairs += [Pairing(f"{ours}.{one}.{kind}", (f"{theirs}.{two}.{kind}",)) for one, two in self.layers.items()]
+        return pairs
+
+
+def _both(names: dict[str, str]) -> dict[str, str]:
+    return {f"{ours}.{kind}": f"{theirs}.{kind}" for ours, theirs in names.items() for kind in KINDS}
+
+
+TABLE, FINAL_NORM = "embeddings.position_embedding.weight", "post_layernorm."
+_SIZES = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 224}
+CLIP = Family(
+    model_type="clip_vision_model",
+    top={
+        "class_embedding": "embeddings.class_embedding",
+        "conv1.weight": "embeddings.patch_embedding.weight",
+        "positional_embedding": TABLE,
+        **_both({"ln_pre": "pre_layrnorm", "ln_post": "post_layernorm"}),  # sic
     },
-}
-SIGLIP_TOP = {
-    "trunk.pos_embed": "embeddings.position_embedding.weight",
-    **{f"trunk.patch_embed.proj.{kind}": f"embeddings.patch_embedding.{kind}" for kind in BOTH},
-    **{f"trunk.norm.{kind}": f"post_layernorm.{kind}" for kind in BOTH},
-}
+    blocks="transformer.resblocks",
+    qkv="attn.in_proj_",
+    layers={
+        "ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1",
+        "mlp.c_proj": "mlp.fc2",
+    },
+    heads=("proj",),
+    defaults=_SIZES | {"patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
+)  # fmt: skip
+SIGLIP = Family(
+    model_type="siglip_vision_model",
+    top={
+        "trunk.pos_embed": TABLE,
+        **_both({"trunk.patch_embed.proj": "embeddings.patch_embedding", "trunk.norm": "post_layernorm"}),
+    },
+    blocks="trunk.blocks",
+    qkv="attn.qkv.",
+    layers={
+        "norm1": "layer_norm1", "norm2": "layer_norm2", "attn.proj": "self_attn.out_proj", "mlp.fc1": "mlp.fc1",
+        "mlp.fc2": "mlp.fc2",
+    },
+    heads=("trunk.attn_pool.", "head."),
+    defaults=_SIZES | {"patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},
+)  # fmt: skip
+FAMILIES = {family.model_type: family for family in (CLIP, SIGLIP)}
 
-_PREFIX = re.compile(r"(?:model\.)?(?:vision_tower\.)*(?:vision_model\.)?")
-_NO_FEATURE = re.compile(r"(?:head|visual_projection|text_model|text_projection|logit_scale|logit_bias)(?:\.|$)|.*position_ids$")
-"""Pooling head, text tower and computed tables."""
 
-
-def pairings(visual: VisionTransformer | TimmModel) -> list[Pairing]:
-    """Tensors of a vision transformer with the layers it has now, and transformers' names of them."""
-    timm = isinstance(visual, TimmModel)
-    top, block, joined, blocks = (
-        (SIGLIP_TOP, SIGLIP_BLOCK, "attn.qkv.{}", "trunk.blocks")
-        if timm
-        else (CLIP_TOP, CLIP_BLOCK, "attn.in_proj_{}", "transformer.resblocks")
-    )
-    known = {name: Pairing(f"visual.{name}", (theirs,), leading_one=name == "trunk.pos_embed") for name, theirs in top.items()}
-    for layer in range(len(visual.trunk.blocks if isinstance(visual, TimmModel) else visual.transformer.resblocks)):
-        ours, theirs = f"{blocks}.{layer}", f"encoder.layers.{layer}"
-        for kind in BOTH:
-            qkv = f"{ours}.{joined.format(kind)}"
-            known[qkv] = Pairing(f"visual.{qkv}", tuple(f"{theirs}.self_attn.{part}.{kind}" for part in QKV))
-            known |= {
-                f"{ours}.{name}.{kind}": Pairing(f"visual.{ours}.{name}.{kind}", (f"{theirs}.{other}.{kind}",))
-                for name, other in block.items()
-            }
-    return [known[name] for name in visual.state_dict() if name in known]
+def blocks_of(visual: VisionTransformer | TimmModel) -> list[nn.Module]:
+    """The transformer blocks that a vision transformer has now."""
+    return list(visual.trunk.blocks if isinstance(visual, TimmModel) else visual.transformer.resblocks)
 
 
 def config_of(visual: VisionTransformer | TimmModel, layers: int, projection_dim: int) -> dict[str, Any]:
-    """The `vision_config` of the transformers model that computes the same, with a number of layers of its own.
+    """The `vision_config` of the transformers model that computes the same patch features.
+
+    Args:
+        visual: A whole vision transformer, pooling and projection included; it may be on the meta device.
+        layers: How many of its blocks the other model has.
+        projection_dim: Width of CLIP's projection, which is in a config but not among the tensors of a vision model.
 
     Raises:
-        RecipeError: transformers has no such model.
+        RecipeError: Neither CLIPVisionModel nor SiglipVisionModel computes the same.
     """
-    named = {pair.ours.removeprefix("visual.") for pair in pairings(visual)}
-    strange = [
-        name
-        for name in visual.state_dict()
-        if name not in named and not name.startswith(("proj", "trunk.attn_pool.", "head.", "trunk.fc_norm"))
-    ]
-    timm = isinstance(visual, TimmModel)
-    block = visual.trunk.blocks[0] if isinstance(visual, TimmModel) else visual.transformer.resblocks[0]
-    norm = block.norm1 if timm else block.ln_1
-    act = block.mlp.act if timm else block.mlp.gelu
-    if strange or not (timm or isinstance(visual.ln_pre, nn.LayerNorm)):
+    family, blocks = SIGLIP if isinstance(visual, TimmModel) else CLIP, blocks_of(visual)
+    expected = {pair.ours.removeprefix("visual.") for pair in family.pairings(len(blocks))}
+    found = {name for name in visual.state_dict() if not name.startswith(family.heads)}
+    problems = [f"lacks {name}" for name in sorted(expected - found)] + [f"has {name}" for name in sorted(found - expected)]
+    # a block of another type may have the same tensors and use them in another way
+    kinds: tuple[type, ...] = (ResidualAttentionBlock, Block)
+    problems += [f"has blocks of type {kind.__name__}" for kind in {type(block) for block in blocks} if kind not in kinds]
+    if problems:
         raise RecipeError(
-            f"The vision tower has tensors that neither CLIP nor SigLIP of transformers has ({', '.join(strange[:3])}): it has no "
-            "place in the Hugging Face LLaVA layout."
+            f"The vision tower cannot be written in the Hugging Face LLaVA layout: unlike transformers' {family.model_type}, it\n  "
+            + listed(problems)
         )
-    attention = block.attn
+    first: Any = blocks[0]
+    norm, act = (first.norm1, first.mlp.act) if family is SIGLIP else (first.ln_1, first.mlp.gelu)
+    patch_size = visual.trunk.patch_embed.patch_size if isinstance(visual, TimmModel) else visual.patch_size
     config = {
-        "model_type": "siglip_vision_model" if timm else "clip_vision_model",
+        "model_type": family.model_type,
         "hidden_size": norm.normalized_shape[0],
-        "intermediate_size": (block.mlp.fc1 if timm else block.mlp.c_fc).out_features,
+        "intermediate_size": (first.mlp.fc1 if family is SIGLIP else first.mlp.c_fc).out_features,
         "num_hidden_layers": layers,
-        "num_attention_heads": attention.num_heads,
+        "num_attention_heads": first.attn.num_heads,
         "num_channels": 3,
         "image_size": visual.image_size[0],
-        "patch_size": visual.trunk.patch_embed.patch_size[0] if isinstance(visual, TimmModel) else visual.patch_size[0],
-        "hidden_act": activation(act),
+        "patch_size": patch_size[0],
+        "hidden_act": _activation(act),
         "layer_norm_eps": norm.eps,
         "attention_dropout": 0.0,
     }
-    return config | ({"vision_use_head": False} if timm else {"projection_dim": projection_dim})
+    # the pooling head is not written: no patch feature passes through it
+    return config | ({"vision_use_head": False} if family is SIGLIP else {"projection_dim": projection_dim})
 
 
-def activation(module: nn.Module) -> str:
-    """Transformers' name of an activation."""
-    if isinstance(module, QuickGELU):
-        return "quick_gelu"
-    tanh = getattr(module, "approximate", "none") == "tanh" or type(module).__name__ == "GELUTanh"
-    return "gelu_pytorch_tanh" if tanh else "gelu"
+def config_problems(stated: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """What a folder's `vision_config` says otherwise than ours, one line each; nothing of it need show in names or shapes.
 
-
-def vision_tensors(folder: Path, key: str) -> NamedTensors:
-    """The vision tensors of a CLIP, SigLIP or LLaVA folder, under transformers' names without any prefix.
-
-    Raises:
-        RecipeError: The folder holds no weights, or they cannot be read.
-    """
-    found = weights_in(folder)
-    if found is None:
-        raise RecipeError(f"{key}: {folder} holds no weights (*.safetensors or pytorch_model*.bin).")
-    apart = any("vision_model." in name or "vision_tower." in name for name in found.infos)
-
-    def rename(name: str) -> str | None:
-        if apart and "vision_model." not in name and "vision_tower." not in name:
-            return None
-        short = _PREFIX.sub("", name, count=1)
-        return None if _NO_FEATURE.match(short) else short
-
-    return Renamed(found, rename)
-
-
-def demand_same_config(folder: Path, ours: dict[str, Any], mean: Iterable[float], std: Iterable[float], key: str) -> None:
-    """A folder's vision config and image processor state what the tower is; what they leave out shows in the shapes.
-
-    Raises:
-        RecipeError: With what differs.
-    """
-    config = _json(folder / "config.json")
-    stated = config.get("vision_config", config)
-    kind = ours["model_type"]
-    clip = kind == "clip_vision_model"
-    theirs = {"hidden_act": "quick_gelu" if clip else "gelu_pytorch_tanh", **stated}
-    problems = []
-    if theirs.get("model_type", kind) not in (kind, kind.removesuffix("_vision_model")):
-        problems.append(f"model_type: {theirs['model_type']} there, {kind} here")
-    same = [
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "patch_size",
-        "hidden_act",
-        "layer_norm_eps",
-    ]
-    for name in same if clip else [*same, "image_size"]:
-        one, other = theirs.get(name, ours[name]), ours[name]
-        # SigLIP's own code approximates GELU and timm does not, with the same released weights
-        if one != other and not (name == "hidden_act" and not clip and one.startswith("gelu") and other.startswith("gelu")):
-            problems.append(f"{name}: {one} there, {other} in the recipe")
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        processor = _json(folder / name)
-        processor = processor.get("image_processor", processor)
-        for field, values in (("image_mean", tuple(mean)), ("image_std", tuple(std))):
-            there = processor.get(field)
-            if there and any(abs(a - b) > 1e-6 for a, b in zip(there, values, strict=True)):
-                problems.append(f"{field}: {tuple(there)} there, {values} in the recipe")
-    if problems:
-        raise RecipeError(f"{key}: {folder} is not the tower of the recipe:\n  {listed(problems)}\nState its model_name or config.")
-
-
-def demand_same_tensors(
-    found: NamedTensors, needed: dict[str, tuple[int, ...]], known: Iterable[str], resizable: str | None, key: str
-) -> None:
-    """Every tensor that the features need is there with its shape, and none that transformers' model does not have.
-
-    Raises:
-        RecipeError: With what differs.
-    """
-    shapes = {name: info.shape for name, info in found.infos.items() if name in needed or name not in set(known)}
-    if resizable in shapes:
-        shapes[str(resizable)] = needed[str(resizable)]
-    if problems := differences(needed, shapes):
-        raise RecipeError(f"{key}: the weights in {found.where} do not fit the vision tower:\n  {listed(problems)}")
-
-
-class Split(NamedTensors):
-    """Our tensors under transformers' names.
+    A CLIP model for pictures of another size is none: its position table is resized.
 
     Args:
-        source: Tensors under our names.
-        pairs: Which of transformers' they hold.
+        stated: The config.json's, in which transformers leaves out what is default.
+        ours: As `config_of` gives it.
     """
-
-    def __init__(self, source: NamedTensors, pairs: Iterable[Pairing]) -> None:
-        self.where = source.where
-        self._source = source
-        self._pairs = {name: pair for pair in pairs for name in pair.theirs}
-        self.infos = {}
-        for name, pair in self._pairs.items():
-            info = source.infos[pair.ours]
-            shape = info.shape[1:] if pair.leading_one else info.shape
-            parts = len(pair.theirs)
-            self.infos[name] = TensorInfo((shape[0] // parts, *shape[1:]) if parts > 1 else shape, info.dtype)
-
-    def read(self, name: str) -> Tensor:
-        """The tensor."""
-        pair = self._pairs[name]
-        return pair.split(self._source.read(pair.ours))[name]
+    family = FAMILIES[ours["model_type"]]
+    theirs = {**family.defaults, **stated}
+    problems = []
+    for name in family.defaults:
+        there, here = theirs[name], ours[name]
+        if name == "image_size" and family is CLIP:
+            continue
+        if name == "hidden_act" and family is SIGLIP and (there, here) == ("gelu_pytorch_tanh", "gelu"):
+            # the same released weights: open_clip runs the first SigLIP with the exact GELU, transformers with its approximation
+            continue
+        if not (math.isclose(there, here) if name == "layer_norm_eps" else there == here):
+            problems.append(f"{name}: {there} there, {here} in the recipe")
+    return problems
 
 
-def shapes_of(pairs: Iterable[Pairing], state: dict[str, Tensor]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Transformers' names of our tensors, each with its shape."""
-    for pair in pairs:
-        shape = tuple(state[pair.ours.removeprefix("visual.")].shape)[1 if pair.leading_one else 0 :]
-        parts = len(pair.theirs)
-        yield from ((name, (shape[0] // parts, *shape[1:]) if parts > 1 else shape) for name in pair.theirs)
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text()) if file.is_file() else {}
-    except ValueError as error:
-        raise RecipeError(f"{file} is not JSON: {error}. Fetch it again.") from error
+def _activation(module: nn.Module) -> str:
+    """The name of an activation in a config.json."""
+    if isinstance(module, QuickGELU):
+        return "quick_gelu"
+    if isinstance(module, GELUTanh) or (isinstance(module, nn.GELU) and module.approximate == "tanh"):
+        return "gelu_pytorch_tanh"
+    if isinstance(module, GELU | nn.GELU):
+        return "gelu"
+    raise RecipeError(f"The vision tower's activation {type(module).__name__} cannot be written in the Hugging Face LLaVA layout.")

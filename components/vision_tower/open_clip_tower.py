@@ -7,30 +7,22 @@ from typing import Any
 import open_clip
 import torch
 from jaxtyping import Float, UInt8
-from open_clip.factory import load_state_dict
 from open_clip.model import _build_vision_tower, resize_pos_embed
 from open_clip.pretrained import download_pretrained
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from components.errors import RecipeError
 from components.hub import fetch, looks_like_hub_id
-from components.named_tensors import NamedTensors, Paired, Pairing, Renamed, SafetensorsFiles, TorchFiles
+from components.named_tensors import NamedTensors, Paired, Pairing, Renamed
 from components.vision_tower.base import VisionTower
-from components.vision_tower.hugging_face import (
-    Split,
-    config_of,
-    demand_same_config,
-    demand_same_tensors,
-    pairings,
-    shapes_of,
-    vision_tensors,
-)
+from components.vision_tower.hugging_face import CLIP, FINAL_NORM, SIGLIP, Family, blocks_of, config_of
+from components.vision_tower.weights import Split, assign, demand_fit, folder_tensors, open_clip_tensors, their_shapes
 
 KEY = "model.vision_tower.init_args.pretrained"
+CLIP_TABLE = "positional_embedding"
 REQUIRED_CONFIG_KEYS = ("image_size", "patch_size", "width", "layers", "head_width")
 OPTIONAL_CONFIG_KEYS = ("mlp_ratio", "quick_gelu")
 
@@ -46,8 +38,9 @@ class OpenClipTower(VisionTower):
         pretrained: An open_clip tag of `model_name`, such as openai; a checkpoint file (.pt, .pth, .bin, .safetensors) of a whole
             open_clip model or of its vision tower; or a folder or hub id of a Hugging Face CLIP, SigLIP or LLaVA model, such as
             openai/clip-vit-large-patch14-336. A file does not tell its activation or colours: those of `model_name` hold (a mean
-            on which all its tags agree, else OpenAI's); a folder's must agree. CLIP's position table is resized to the tower's
-            picture size. null: random weights.
+            on which all its tags agree, else OpenAI's); a folder's must agree, but that the first SigLIP models run with the exact
+            GELU here and with its tanh approximation in transformers. CLIP's position table is resized to the tower's picture
+            size. null: random weights.
         config: An architecture instead of a name: image_size and patch_size in pixels, width, layers, head_width, and
             optionally mlp_ratio (default 4.0) and quick_gelu (default false).
         feature_layer: Index of the block whose output is used, without a norm, as a Python index: -2 is the last but one, as in
@@ -79,14 +72,16 @@ class OpenClipTower(VisionTower):
         self._tag = _pretrained_tag(model_name, pretrained, self._architecture)
         self.mean, self.std = _normalisation(model_name, self._tag)
 
-        visual = self._meta_tower()
+        with torch.device("meta"):
+            visual = self._whole_tower()
         if isinstance(visual, TimmModel):
             self.num_patches, self.feature_dim = visual.trunk.patch_embed.num_patches, visual.trunk.embed_dim
         else:
             self.num_patches, self.feature_dim = visual.grid_size[0] * visual.grid_size[1], visual.transformer.width
         self.image_size = visual.image_size[0]
         self.has_class_token = not isinstance(visual, TimmModel)
-        self.num_layers = layers = len(_blocks(visual))
+        self._shapes = _shapes(visual.state_dict())
+        self.num_layers = layers = len(blocks_of(visual))
         if not -layers <= feature_layer < layers:
             raise RecipeError(
                 f"feature_layer {feature_layer} of the vision tower does not exist: {model_name or 'the config'} has {layers} "
@@ -97,7 +92,7 @@ class OpenClipTower(VisionTower):
         """Creates the blocks up to `feature_layer` and what feeds them, with random weights."""
         visual = self._whole_tower()
         # parameters that never run would still be sharded, gathered and saved
-        keep = [self.feature_layer % len(_blocks(visual))]
+        keep = [self.feature_layer % self.num_layers]
         if isinstance(visual, TimmModel):
             visual.trunk.prune_intermediate_layers(keep, prune_norm=True, prune_head=True)
             visual.head = nn.Identity()
@@ -114,27 +109,18 @@ class OpenClipTower(VisionTower):
         """
         if self.pretrained is None:
             return
-        given = self._folder_weights() if self._is_folder() else _vision_weights(self._checkpoint_file(), self.pretrained)
-        resize_pos_embed(given, self)
-        given = {name.removeprefix("visual."): tensor for name, tensor in given.items()}
-        needed = {name: tensor.shape for name, tensor in self.visual.state_dict().items()}
-        whole = self._meta_tower().state_dict()
-        problems = [f"missing {name} {tuple(shape)}" for name, shape in needed.items() if name not in given]
-        problems += [f"unknown {name} {tuple(tensor.shape)}" for name, tensor in given.items() if name not in whole]
-        problems += [
-            f"{name} is {tuple(given[name].shape)}, should be {tuple(shape)}"
-            for name, shape in needed.items()
-            if name in given and given[name].shape != shape
-        ]
-        if problems:
-            shown = "\n  ".join(problems[:20])
-            raise RecipeError(
-                f"The weights '{self.pretrained}' do not fit the vision tower ({len(problems)} differences). State the model_name "
-                f"or config that they were trained with.\n  {shown}"
-            )
-        weights: dict[str, Any] = {name: given[name] for name in needed}
-        # every rank holds the whole file and keeps its own shard
-        set_model_state_dict(self.visual, weights, options=StateDictOptions(full_state_dict=True, strict=True))
+        state = self.visual.state_dict()
+        given: NamedTensors
+        if self._is_folder():
+            given = Renamed(Paired(self._folder_tensors(), self.huggingface_names()), lambda name: name.removeprefix("visual."))
+        else:
+            given = self._file_tensors()
+            unused = self._shapes.keys() - state.keys()
+            needed = Renamed(given, lambda name: None if name in unused else name)
+            demand_fit(needed, _shapes(state), CLIP_TABLE, self.pretrained)
+        for name, parameter in state.items():  # one at a time: memory holds no second tower
+            tensor = given.read(name)
+            assign(parameter, self._resized(tensor) if name == CLIP_TABLE else tensor)
 
     def forward(self, pixels: UInt8[Tensor, "images 3 size size"]) -> Float[Tensor, "images patches feature_dim"]:
         """Patch features, in reading order, of pictures that are normalised here, on the device."""
@@ -148,59 +134,65 @@ class OpenClipTower(VisionTower):
 
     def blocks(self) -> list[nn.Module]:
         """The transformer blocks up to `feature_layer`."""
-        return _blocks(self.visual)
+        return blocks_of(self.visual)
 
     def huggingface_names(self) -> list[Pairing]:
-        """Our tensors and transformers' names of them."""
-        return pairings(self.visual)
+        """Our tensors and transformers' names of them; the layers need not be built."""
+        self.huggingface_config(self.num_layers)  # or an error: the names alone do not tell
+        used = self._family.pairings(self.feature_layer % self.num_layers + 1)
+        return [pair for pair in used if not pair.theirs[0].startswith(FINAL_NORM)]
 
     def huggingface_config(self, layers: int) -> dict[str, Any]:
         """The `vision_config` of CLIPVisionModel, or of SiglipVisionModel for towers that come through timm."""
-        return config_of(self._meta_tower(), layers, self._architecture["embed_dim"])
+        with torch.device("meta"):
+            visual = self._whole_tower()
+        is_large_14 = isinstance(visual, VisionTransformer) and (self.feature_dim, visual.patch_size[0]) == (1024, 14)
+        # a tower with a config has no projection; the published value keeps what an export of CLIP L/14 says the same
+        return config_of(visual, layers, 768 if is_large_14 else self._architecture["embed_dim"])
 
     def unused_weights(self) -> NamedTensors | None:
         """The blocks after `feature_layer` and the final norm, from `pretrained`."""
+        used = {pair.ours for pair in self.huggingface_names()}
         if self.pretrained is None:
             return None
-        whole = pairings(self._meta_tower())
-        used = {pair.ours for pair in self.huggingface_names()}
-        unused = [pair for pair in whole if pair.ours not in used]
+        unused = [pair for pair in self._family.pairings(self.num_layers) if pair.ours not in used]
         if self._is_folder():
-            found = vision_tensors(fetch(self.pretrained, KEY), KEY)
             names = {name for pair in unused for name in pair.theirs}
-        else:
-            file = Path(self._checkpoint_file())
-            stored = SafetensorsFiles([file]) if file.suffix == ".safetensors" else TorchFiles([file], section="state_dict")
-            bare = not any(name.startswith("visual.") for name in stored.infos)
-            found = Renamed(stored, lambda name: f"visual.{name}" if bare else name)
-            names = {pair.ours for pair in unused}
-        if missing := sorted(names - found.infos.keys()):
-            raise RecipeError(f"{KEY}: {self.pretrained} lacks {missing[0]} and {len(missing) - 1} others.")
-        return Renamed(found, lambda name: name if name in names else None) if self._is_folder() else Split(found, unused)
+            return Renamed(self._folder_tensors(), lambda name: name if name in names else None)
+        shapes = {pair.ours: self._shapes[pair.ours.removeprefix("visual.")] for pair in unused}
+        given = Renamed(self._file_tensors(), lambda name: f"visual.{name}" if f"visual.{name}" in shapes else None)
+        demand_fit(given, shapes, None, self.pretrained)
+        return Split(given, unused)
+
+    @property
+    def _family(self) -> Family:
+        return CLIP if self.has_class_token else SIGLIP
 
     def _is_folder(self) -> bool:
         """Whether `pretrained` is a Hugging Face folder or hub id."""
         pretrained = str(self.pretrained)
-        return self._tag is None and (Path(pretrained).is_dir() or looks_like_hub_id(pretrained)) and not _is_file_name(pretrained)
+        if self._tag is not None or Path(pretrained).is_file():
+            return False
+        return Path(pretrained).is_dir() or (looks_like_hub_id(pretrained) and not _is_file_name(pretrained))
 
-    def _folder_weights(self) -> dict[str, Tensor]:
-        """The tensors that the features need, of a Hugging Face folder, in fp32, each name with the prefix `visual.`."""
-        folder = fetch(str(self.pretrained), KEY)
-        whole = self._meta_tower()
-        demand_same_config(folder, self.huggingface_config(self.num_layers), self.mean, self.std, KEY)
-        found = vision_tensors(folder, KEY)
-        pairs = self.huggingface_names()
-        needed = dict(shapes_of(pairs, self.visual.state_dict()))
-        known = [name for pair in pairings(whole) for name in pair.theirs]
-        table = "embeddings.position_embedding.weight" if self.has_class_token else None
-        demand_same_tensors(found, needed, known, table, KEY)
-        ours = Paired(found, pairs)
-        return {name: ours.read(name).float() for name in ours.infos}
+    def _folder_tensors(self) -> NamedTensors:
+        """The tensors of the folder's whole encoder under transformers' names; its config and shapes are checked."""
+        ours = self.huggingface_config(self.num_layers)
+        shapes = their_shapes(
+            self._family.pairings(self.num_layers), {f"visual.{name}": shape for name, shape in self._shapes.items()}
+        )
+        colors = {"image_mean": self.mean, "image_std": self.std}
+        return folder_tensors(fetch(str(self.pretrained), KEY), ours, shapes, colors, KEY)
 
-    def _meta_tower(self) -> VisionTransformer | TimmModel:
-        """All of the architecture, without memory."""
-        with torch.device("meta"):
-            return self._whole_tower()
+    def _file_tensors(self) -> NamedTensors:
+        """The tensors of the tag's or the stated checkpoint file, named as in `visual`."""
+        return open_clip_tensors(Path(self._checkpoint_file()), str(self.pretrained))
+
+    def _resized(self, table: Tensor) -> Tensor:
+        """CLIP's position table for this tower's picture size."""
+        holder = {f"visual.{CLIP_TABLE}": table.float()}
+        resize_pos_embed(holder, self)
+        return holder[f"visual.{CLIP_TABLE}"]
 
     def _whole_tower(self) -> VisionTransformer | TimmModel:
         visual = _build_vision_tower(**self._architecture)
@@ -219,7 +211,8 @@ class OpenClipTower(VisionTower):
         if self._tag is None:
             if not Path(str(self.pretrained)).is_file():
                 raise RecipeError(
-                    f"The vision tower's weights '{self.pretrained}' are not a file. Correct the path or state an open_clip tag."
+                    f"The vision tower's weights '{self.pretrained}' are not a file, nor a folder or hub id. Correct the path, "
+                    f"or state an open_clip tag."
                 )
             return str(self.pretrained)
         try:
@@ -227,12 +220,12 @@ class OpenClipTower(VisionTower):
         except OSError as error:
             raise RecipeError(
                 f"The vision tower's weights '{self.pretrained}' could not be fetched: {error}. Fetch them once where the network "
-                f"is reachable (they are cached), or state a checkpoint file."
+                f"is reachable (they are cached), or state a checkpoint file or folder."
             ) from error
 
 
-def _blocks(visual: VisionTransformer | TimmModel) -> list[nn.Module]:
-    return list(visual.trunk.blocks if isinstance(visual, TimmModel) else visual.transformer.resblocks)
+def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def _is_file_name(pretrained: str) -> bool:
@@ -309,17 +302,3 @@ def _normalisation(
     tags = [open_clip.get_pretrained_cfg(model_name, name) for name in open_clip.list_pretrained_tags_by_model(model_name)]
     stated = {(tuple(one["mean"]), tuple(one["std"])) for one in tags}
     return stated.pop() if len(stated) == 1 else (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
-
-
-def _vision_weights(path: str, source: str) -> dict[str, Tensor]:
-    """The vision tower's tensors of an open_clip checkpoint, in fp32, each name with the prefix `visual.`."""
-    try:
-        state = load_state_dict(path)
-        tensors = {name: tensor.float() for name, tensor in state.items()}
-    except Exception as error:  # torch, pickle and safetensors each raise their own
-        raise RecipeError(
-            f"The vision tower's weights '{source}' could not be read as an open_clip checkpoint: {error!r}. State a file that "
-            f"holds named tensors."
-        ) from error
-    whole_model = {name: tensor for name, tensor in tensors.items() if name.startswith("visual.")}
-    return whole_model or {f"visual.{name}": tensor for name, tensor in tensors.items()}

@@ -79,7 +79,7 @@ def test_another_stage_starts_from_initial_weights(tmp_path: Path, capsys: pytes
     assert fit(wider) == 2
     message = capsys.readouterr().err
     assert "model.initial_weights" in message
-    assert "missing in the checkpoint: projector." in message
+    assert "missing: projector." in message
 
 
 def test_validate_without_a_checkpoint_says_what_there_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

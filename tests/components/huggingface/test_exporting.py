@@ -1,6 +1,7 @@
 """`export`: what leaves is what came or what was trained, proven by transformers, or it does not leave."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -8,13 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from big_checkpoint import write_checkpoint
 from llava_folders import ROWS, hugging_face_folder, state_of
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_recipe import fit, merged, write_recipe
 
 import main
-from components.huggingface import exporting
+from components.errors import RecipeError
+from components.huggingface import certificate, exporting
 from components.huggingface.certificate import TOLERANCES
 from components.huggingface.exporting import default_dtype
 from components.named_tensors import SafetensorsFiles
@@ -70,11 +73,11 @@ def test_transformers_answers_as_ask_does(trained, tmp_path, capsys):
     assert main.main(["export", "--ckpt", str(trained), "--output", "out", "--image", "red.png"]) == 0
     assert {path.name for path in Path("out").iterdir()} >= FILES
     assert not Path("out.unfinished").exists()
-    certificate = json.loads(Path("out/certificate.json").read_text())
-    assert certificate["equal"] and all(check["equal"] for check in certificate["checks"])
-    assert (certificate["decoding"], certificate["image_mode"], certificate["dtype"]) == ("upright", "pad", "float32")
-    assert {"tower_layers", "peak_memory_mib", "packages", "sha256", "recipe_sha256"} <= certificate.keys()
-    assert certificate["tower_layers"].startswith("2 of 3")
+    proof = json.loads(Path("out/certificate.json").read_text())
+    assert proof["equal"] and all(check["equal"] for check in proof["checks"])
+    assert (proof["decoding"], proof["image_mode"], proof["dtype"]) == ("upright", "pad", "float32")
+    assert {"tower_layers", "peak_memory_mib", "packages", "sha256", "recipe_sha256"} <= proof.keys()
+    assert proof["tower_layers"].startswith("2 of 3")
 
     capsys.readouterr()
     question = "what color is the object"
@@ -93,8 +96,10 @@ def test_transformers_answers_as_ask_does(trained, tmp_path, capsys):
 def test_an_export_can_be_imported_again(trained, tmp_path):
     """Even one whose tower lost the layers that no feature passes through."""
     assert main.main(["export", "--ckpt", str(trained), "--output", "first"]) == 0
-    assert main.main(["import", "--weights", "first", "--run", "again", "--template", "brief"]) == 0
+    assert main.main(["import", "--weights", "first", "--run", "again"]) == 0
     assert main.main(["export", "--ckpt", "runs/again", "--output", "second", "--dtype", "float32"]) == 0
+    first, second = (json.loads(Path(folder, "certificate.json").read_text()) for folder in ("first", "second"))
+    assert [first[key] == second[key] for key in ("template", "decoding", "image_mode", "answers")] == [True] * 4
     before, after = state_of(tmp_path / "first"), state_of(tmp_path / "second")
     assert before.keys() == after.keys() and all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
@@ -130,9 +135,9 @@ def test_a_tensor_gone_wrong_stops_the_export(tensor, check, trained, monkeypatc
     said = capsys.readouterr()
     assert "The export is not the model" in said.err and f"  {check}: " in said.err
     assert not Path("out").exists()
-    certificate = json.loads(Path("out.unfinished/certificate.json").read_text())
-    assert not certificate["equal"]
-    assert next(one for one in certificate["checks"] if one["what"] == check)["found"] > TOLERANCES[check]
+    proof = json.loads(Path("out.unfinished/certificate.json").read_text())
+    assert not proof["equal"]
+    assert next(one for one in proof["checks"] if one["what"] == check)["found"] > TOLERANCES[check]
     assert main.main(["export", "--ckpt", str(trained), "--output", "out"]) == 2
     assert "out.unfinished exists" in capsys.readouterr().err
 
@@ -142,6 +147,24 @@ def test_a_chat_template_gone_wrong_stops_the_export(trained, monkeypatch, capsy
     monkeypatch.setattr(exporting, "to_jinja", lambda *arguments: right(*arguments).replace("Q:", "A:"))
     assert main.main(["export", "--ckpt", str(trained), "--output", "out"]) == 2
     assert "ids of the prompt, text alone: False, allowed True" in capsys.readouterr().err
+
+
+def test_what_is_not_a_number_is_unlike(tmp_path):
+    """Wherever it stands among the pictures."""
+    good, bad = torch.ones(2, 3), torch.full((2, 3), torch.nan)
+    for half in ("ours", "theirs"):
+        tensors = {f"{kind}.{number}": good.clone() for kind in TOLERANCES for number in range(3)}
+        save_file(tensors | ({"logits.1": bad} if half == "ours" else {}), tmp_path / f"{half}.safetensors")
+    result = {"loading": {}, "answers": [], "image_token_id": 0, "two_in_a_batch": [], "causality": 0.0}
+    checks = {check["what"]: check["equal"] for check in certificate._compare(tmp_path, [], result, result)}
+    assert checks["features"] and checks["pixels"] and not checks["logits"]
+
+
+def test_an_export_that_breaks_leaves_nothing(trained, monkeypatch, capsys):
+    monkeypatch.setattr(certificate, "_run", lambda *arguments: (_ for _ in ()).throw(RecipeError("out of memory")))
+    assert main.main(["export", "--ckpt", str(trained), "--output", "out"]) == 2
+    assert "out of memory" in capsys.readouterr().err
+    assert not list(Path().glob("out*"))
 
 
 def test_a_projector_without_a_place_in_the_layout(tmp_path, capsys):
@@ -182,6 +205,34 @@ def test_the_number_format_is_that_of_the_run(trainer, stored, expected):
     assert default_dtype({"trainer": trainer}, SafetensorsFiles([Path("x.safetensors")])) == expected
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize(
+    ("changes", "sharded"),
+    [
+        ({"decoder": {"init_args": {"lora": {"rank": 2, "alpha": 8.0, "target_modules": "all-linear"}}}}, False),
+        ({"decoder": {"init_args": {"config": {"tie_word_embeddings": True}}}}, False),
+        ({"vision_tower": {"init_args": {"feature_layer": -1}}}, True),
+        ({"vision_tower": {"init_args": {"config": {"quick_gelu": False}}}}, False),
+    ],
+    ids=["LoRA", "tied", "sharded, last layer", "GELU"],
+)
+def test_kinds_of_models(changes, sharded):
+    """Adapters are merged, a tied head is not written twice, shards are put together."""
+    write_checkpoint(Path("runs/random"), merged(MLP_MODEL, changes), sharded)
+    assert main.main(["export", "--ckpt", "runs/random", "--output", "out", "--dtype", "float32"]) == 0
+    state = load_file("out/model.safetensors")
+    assert not [name for name in state if "lora" in name]
+    assert ("language_model.lm_head.weight" in state) == ("tie" not in str(changes))
+
+
+@pytest.mark.parametrize("template", ["plain", "llava_llama_2"])
+def test_other_templates(template, tmp_path):
+    write_checkpoint(Path("runs/random"), MLP_MODEL, False)
+    file = next(Path("runs/random").glob("checkpoints/*/recipe.yaml"))
+    file.write_text(file.read_text().replace("template: brief", f"template: {template}"))
+    assert main.main(["export", "--ckpt", "runs/random", "--output", "out"]) == 0
+
+
 MEASURE = """
 import sys, torch, main
 from pathlib import Path
@@ -194,18 +245,17 @@ sys.exit(main.main(["export", "--ckpt", sys.argv[1], "--output", "out"]))
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("layout", ["whole", "sharded"])
 def test_memory_stays_below_one_gibibyte(layout, tmp_path):
     """4 GiB of random weights, as one file and as a sharded checkpoint."""
-    big = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 13, "vocab_size": 32000}
+    big = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 15, "vocab_size": 32000}
     recipe = merged(MLP_MODEL, {"decoder": {"init_args": {"config": big | {"num_attention_heads": 16, "num_key_value_heads": 16}}}})
-    from big_checkpoint import write_checkpoint
-
-    size = write_checkpoint(tmp_path / "runs/big", recipe, sharded=layout == "sharded")
+    size = write_checkpoint(Path("runs/big"), recipe, sharded=layout == "sharded")
     assert size > 4 * 2**30
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, "runs/big"], capture_output=True, text=True, check=False,
-        env={**__import__("os").environ, "PYTHONPATH": str(Path(main.__file__).parent)},
+        env={**os.environ, "PYTHONPATH": str(Path(main.__file__).parent)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     inside, whole = map(float, done.stdout.split("MEMORY")[1].split()[:2])

@@ -6,12 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from llava_folders import ROWS, WORDS_KNOWN, hugging_face_folder, original_folder, tokenizer
+from llava_folders import ROWS, WORDS_KNOWN, hugging_face_folder, original_folder, state_of, tokenizer
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from small_recipe import fit, write_recipe
 
 import main
 from components.ask import load
 from components.run_folder import find_checkpoint
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +43,7 @@ def test_a_run_that_can_be_asked(layout, rows, folders, capsys):
     assert recipe["data"] == {"template": "vicuna_v1", "decoding": "llava", "image_mode": "pad", "max_length": 512}
     assert recipe["model"]["decoder"]["init_args"]["config"]["vocab_size"] == rows
     stored = torch.load(checkpoint / "state", weights_only=True)["state_dict"]
-    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16 if layout == "hf" else torch.float32}
     model, preparation = load(checkpoint)
     assert preparation.decoding == "llava"
     assert all(torch.equal(tensor, stored[name].float()) for name, tensor in model.state_dict().items())
@@ -108,8 +112,50 @@ def test_hub_ids_are_fetched(folders, monkeypatch):
         return folders["hf"]
 
     monkeypatch.setattr("components.huggingface.importing.fetch", fetch)
-    monkeypatch.setattr("components.huggingface.importing.load_tokenizer", lambda source: tokenizer(with_image=True))
+    for room in ("huggingface.importing", "vlm"):
+        monkeypatch.setattr(f"components.{room}.load_tokenizer", lambda source: tokenizer(with_image=True))
     assert main.main(["import", "--weights", "llava-hf/llava-1.5-7b-hf", "--run", "released"]) == 0
     assert asked == [("llava-hf/llava-1.5-7b-hf", "--weights")]
     recipe = yaml.safe_load((find_checkpoint("runs/released", "--ckpt") / "recipe.yaml").read_text())
     assert recipe["model"]["decoder"]["init_args"]["tokenizer"] == "llava-hf/llava-1.5-7b-hf"
+
+
+def test_an_imported_run_can_be_validated_and_started_from(folders, tmp_path):
+    assert imported(folders["hf"], "released") == 0
+    parts = yaml.safe_load((find_checkpoint("runs/released", "--ckpt") / "recipe.yaml").read_text())["model"]
+    model = {part: parts[part] for part in ("vision_tower", "projector", "decoder")} | {"initial_weights": "runs/released"}
+    recipe = write_recipe(tmp_path / "more.yaml", max_steps=3, trainer={"enable_progress_bar": False}, model=model)
+    assert main.main(["validate", "--config", str(recipe), "--ckpt_path", "runs/released"]) == 0
+    assert fit(recipe) == 0
+    before = torch.load(find_checkpoint("runs/released", "") / "state", weights_only=True)["state_dict"]
+    after = torch.load(find_checkpoint("runs/more", "") / "state", weights_only=True)["state_dict"]
+    assert before.keys() == after.keys()
+    assert all((before[name].float() - tensor).abs().max() < 0.05 for name, tensor in after.items())
+
+
+def test_a_tied_decoder_and_one_with_a_null_stay_what_they_are(tmp_path):
+    folder = hugging_face_folder(tmp_path / "other", dtype=torch.bfloat16)
+    state = {name: tensor for name, tensor in state_of(folder).items() if "lm_head" not in name}
+    for file in folder.glob("model*"):
+        file.unlink()
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = True
+    config["text_config"] |= {"model_type": "mistral", "sliding_window": None}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert imported(folder, "tied") == 0
+    stored = torch.load(find_checkpoint("runs/tied", "") / "state", weights_only=True)["state_dict"]
+    assert torch.equal(stored["decoder.lm.lm_head.weight"], state["language_model.model.embed_tokens.weight"])
+    assert main.main(["export", "--ckpt", "runs/tied", "--output", "out"]) == 0
+    again = state_of(Path("out"))
+    assert again.keys() == state.keys() and all(torch.equal(tensor, again[name]) for name, tensor in state.items())
+
+
+def test_weights_that_are_not_finite(tmp_path, capsys):
+    folder = hugging_face_folder(tmp_path / "other", shards=1)
+    file = folder / "model-00001-of-00001.safetensors"
+    state = load_file(file)
+    state["language_model.model.norm.weight"][3] = torch.nan
+    save_file(state, file, metadata={"format": "pt"})
+    assert imported(folder, "mine") == 2
+    assert "not finite" in capsys.readouterr().err

@@ -134,7 +134,7 @@ def copied(folder, target, tensors=None, **config):
         ({"vision_config": {"image_size": 24}}, r"vision_config.image_size: 24 there, 16 in the recipe"),
         ({"projector_hidden_act": "relu"}, r"projector_hidden_act: relu there, gelu in the recipe"),
         ({"vision_feature_layer": -1}, r"block of the vision tower that is used: 2 there, 1 in the recipe"),
-        ({"vision_feature_layer": [-2, -1]}, r"vision_feature_layer: \[-2, -1\] there, one layer in the recipe"),
+        ({"vision_feature_layer": [-2, -1]}, r"vision_feature_layer: \[-2, -1\] there, one layer counted from the end"),
         ({"vision_feature_select_strategy": "full"}, r"vision_feature_select_strategy: full there, default in the recipe"),
         ({"text_config": {"rms_norm_eps": 1e-6}}, r"rms_norm_eps: 1e-05 in the recipe, 1e-06 there"),
     ],
