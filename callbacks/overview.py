@@ -19,10 +19,11 @@ class Overview(Callback):
         """Print parts, dtypes and folder."""
         model: Any = pl_module
         rates = asdict(model.learning_rates)
-        say(f"{'part':14}{'parameters':>16}  peak learning rate")
+        say(f"{'part':14}{'parameters':>16}{'trained':>16}  peak learning rate")
         for name, part in model.parts.items():
             count = sum(p.numel() for p in part.parameters())
-            say(f"{name:14}{count:>16,}  {'frozen' if rates[name] is None else rates[name]}")
+            trained = sum(p.numel() for p in part.parameters() if p.requires_grad)
+            say(f"{name:14}{count:>16,}{trained:>16,}  {'frozen' if rates[name] is None else rates[name]}")
         storage = str(next(pl_module.parameters()).dtype).removeprefix("torch.")
         strategy = trainer.strategy
         if isinstance(strategy, HybridSharding):

@@ -96,7 +96,7 @@ def _cases(folder: Path, images: list[Path], decoding: Any) -> list[Case]:
     if images:
         for path in images:
             try:
-                pictures[path.name] = decode(path.read_bytes(), decoding)
+                pictures[str(path)] = decode(path.read_bytes(), decoding)
             except RecipeError as error:
                 raise RecipeError(f"--image: {path}: {error}") from error
             questions.append("What is in this picture?")

@@ -104,7 +104,7 @@ def test_an_export_can_be_imported_again(trained, tmp_path):
     assert before.keys() == after.keys() and all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_rounded_exports_are_proven_with_rounded_weights(dtype, trained):
     assert main.main(["export", "--ckpt", str(trained), "--output", "out", "--dtype", dtype]) == 0
     assert {tensor.dtype for tensor in load_file("out/model.safetensors").values()} == {getattr(torch, dtype)}
@@ -116,7 +116,7 @@ def test_rounded_exports_are_proven_with_rounded_weights(dtype, trained):
     [
         ("multi_modal_projector.linear_2.bias", "logits"),
         ("vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight", "features"),
-        ("language_model.model.layers.0.self_attn.o_proj.weight", "logits"),
+        pytest.param("language_model.model.layers.0.self_attn.o_proj.weight", "logits", marks=pytest.mark.slow),
     ],
 )
 def test_a_tensor_gone_wrong_stops_the_export(tensor, check, trained, monkeypatch, capsys):
@@ -212,7 +212,7 @@ def test_the_number_format_is_that_of_the_run(trainer, stored, expected):
         ({"decoder": {"init_args": {"lora": {"rank": 2, "alpha": 8.0, "target_modules": "all-linear"}}}}, False),
         ({"decoder": {"init_args": {"config": {"tie_word_embeddings": True}}}}, False),
         ({"vision_tower": {"init_args": {"feature_layer": -1}}}, True),
-        ({"vision_tower": {"init_args": {"config": {"quick_gelu": False}}}}, False),
+        pytest.param({"vision_tower": {"init_args": {"config": {"quick_gelu": False}}}}, False, marks=pytest.mark.slow),
     ],
     ids=["LoRA", "tied", "sharded, last layer", "GELU"],
 )
@@ -223,6 +223,16 @@ def test_kinds_of_models(changes, sharded):
     state = load_file("out/model.safetensors")
     assert not [name for name in state if "lora" in name]
     assert ("language_model.lm_head.weight" in state) == ("tie" not in str(changes))
+
+
+@pytest.mark.slow
+def test_a_siglip_tower():
+    """From random weights: a released architecture at its full width, its first two blocks."""
+    tower = {"model_name": "ViT-B-16-SigLIP", "config": None, "feature_layer": 1}
+    write_checkpoint(Path("runs/random"), {"vision_tower": {"init_args": tower}}, False)
+    assert main.main(["export", "--ckpt", "runs/random", "--output", "out"]) == 0
+    config = json.loads(Path("out/config.json").read_text())
+    assert (config["vision_config"]["model_type"], config["vision_feature_select_strategy"]) == ("siglip_vision_model", "full")
 
 
 @pytest.mark.parametrize("template", ["plain", "llava_llama_2"])
