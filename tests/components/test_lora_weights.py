@@ -64,7 +64,7 @@ def test_a_later_stage_starts_from_the_merged_weights(run):
         earlier.build()
         earlier.adapt()
         earlier.load_state_dict(expected)
-        torch.testing.assert_close(later(tiny_batch()), earlier.eval()(tiny_batch()), rtol=1e-5, atol=1e-5)
+        assert_equal({"logits": later(tiny_batch())}, {"logits": earlier.eval()(tiny_batch())})
         assert torch.equal(weights(later)["projector.layers.0.weight"], expected["projector.layers.0.weight"])
 
 
