@@ -3,7 +3,7 @@
 import numpy as np
 
 from components.benchmarks.benchmark import Benchmark, Question
-from components.conversation import IMAGE_PLACEHOLDER
+from components.chat_template import IMAGE_PLACEHOLDER
 from components.errors import RecipeError
 from components.shapes_world import Setting, draw_scene
 
@@ -29,7 +29,7 @@ class ShapesWorld(Benchmark):
         self.num_scenes = num_scenes
         self.seed = seed
 
-    def setup(self) -> None:
+    def setup(self, pictures: bool = True) -> None:
         """Draw the questions; pictures are drawn when they are read."""
         self._questions = []
         for number in range(self.num_scenes):

@@ -1,9 +1,15 @@
 """Scoring against values worked out by hand."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
-from components.benchmarks import Benchmark, Question, exact_match, normalize, text_only_best
+from components.benchmarks import Benchmark, Question, text_only_best
+from components.errors import RecipeError
 
+ROOT = Path(__file__).parents[3]
 QUESTIONS = [
     Question("1", "how many", ("a",), "2", "count"),
     Question("2", "how many", ("b",), "2", "count"),
@@ -14,7 +20,7 @@ QUESTIONS = [
 
 
 class Five(Benchmark):
-    def setup(self): ...
+    def setup(self, pictures=True): ...
 
     def questions(self):
         return QUESTIONS
@@ -40,7 +46,7 @@ class Five(Benchmark):
     ],
 )
 def test_only_space_case_and_one_final_period_do_not_count(answer, normal):
-    assert normalize(answer) == normal
+    assert Five().normalize(answer) == normal
 
 
 def test_scores_by_hand():
@@ -48,8 +54,16 @@ def test_scores_by_hand():
     assert Five().score(answers) == {"accuracy": 3 / 5, "accuracy/count": 2 / 3, "accuracy/existence": 1 / 2, "count": 5.0}
 
 
+def score(questions, answers):
+    return Five().score(answers, questions)
+
+
+def blind(questions):
+    return score(questions, text_only_best(Five(), questions))
+
+
 def test_a_part_of_the_questions_is_scored_over_that_part():
-    assert Five().score({"3": "3", "5": "yes"}) == {
+    assert score([QUESTIONS[2], QUESTIONS[4]], {"3": "3", "5": "yes"}) == {
         "accuracy": 1 / 2,
         "accuracy/count": 1.0,
         "accuracy/existence": 0.0,
@@ -57,39 +71,57 @@ def test_a_part_of_the_questions_is_scored_over_that_part():
     }
 
 
-def test_an_answer_without_question_is_refused():
-    with pytest.raises(ValueError, match="five questions has no question '6'"):
+def test_order_does_not_matter():
+    answers = {"1": "2.", "2": "two", "3": "3", "4": " yes", "5": "yes"}
+    assert Five().score(dict(reversed(answers.items()))) == Five().score(answers)
+
+
+def test_answers_and_questions_must_be_the_same():
+    with pytest.raises(RecipeError, match="five questions: 1 of 2 answers are to questions that were not asked: 6"):
         Five().score({"1": "2", "6": "2"})
-
-
-def test_nothing_answered_has_no_score():
-    with pytest.raises(ValueError, match="no answers"):
-        exact_match([], {})
+    with pytest.raises(RecipeError, match="five questions: 2 of 5 questions have no answer: 2, 5"):
+        Five().score({"1": "2", "3": "3", "4": "no"})
+    with pytest.raises(RecipeError, match="no questions"):
+        Five().score({}, [])
 
 
 def test_questions_without_group_count_in_the_whole_only():
-    assert exact_match([Question("1", "p", (), "x")], {"1": "X"}) == {"accuracy": 1.0, "count": 1.0}
+    assert score([Question("1", "p", (), "x")], {"1": "X"}) == {"accuracy": 1.0, "count": 1.0}
 
 
 def test_text_only_best_is_the_majority_of_each_prompt():
     # "how many": 2 is right twice of three; each of the other two prompts has one answer
-    assert text_only_best(QUESTIONS) == {"accuracy": 4 / 5, "accuracy/count": 2 / 3, "accuracy/existence": 1.0, "count": 5.0}
+    assert blind(QUESTIONS) == {"accuracy": 4 / 5, "accuracy/count": 2 / 3, "accuracy/existence": 1.0, "count": 5.0}
 
 
 def test_text_only_best_counts_spellings_that_score_alike_together():
     prompt_of = [Question(str(i), "p", (), reference) for i, reference in enumerate(["yes", "Yes", "yes.", "no", "no"])]
-    assert text_only_best(prompt_of)["accuracy"] == 3 / 5
+    assert blind(prompt_of)["accuracy"] == 3 / 5
 
 
 def test_text_only_best_knows_the_prompt_but_not_the_group():
     mixed = [Question("1", "p", (), "x", "a"), Question("2", "p", (), "x", "a"), Question("3", "p", (), "y", "b")]
-    assert text_only_best(mixed) == {"accuracy": 2 / 3, "accuracy/a": 1.0, "accuracy/b": 0.0, "count": 3.0}
+    assert blind(mixed) == {"accuracy": 2 / 3, "accuracy/a": 1.0, "accuracy/b": 0.0, "count": 3.0}
+
+
+def test_a_limit_draws_the_same_questions_in_their_order():
+    drawn = Five().draw(3)
+    assert drawn == Five().draw(3) == [question for question in QUESTIONS if question in drawn]
+    assert len(drawn) == 3
+    assert Five().draw(None) == Five().draw(5) == QUESTIONS
+
+
+def test_benchmarks_need_no_torch():
+    script = "import sys, components.benchmarks, components.benchmarks.records, components.score, components.compare; "
+    script += "assert not {'torch', 'transformers', 'lightning'} & set(sys.modules), sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
 
 
 def test_fingerprint_follows_every_field(monkeypatch):
     fingerprints = {Five().fingerprint()}
-    for change in ({"id": "7"}, {"prompt": "how much"}, {"images": ("b",)}, {"reference": "4"}, {"group": "size"}):
+    changes = ({"id": "7"}, {"prompt": "how much"}, {"images": ("b",)}, {"reference": "4"}, {"group": "size"}, {"facts": {"a": 1}})
+    for change in changes:
         changed = Question(**{**vars(QUESTIONS[0]), **change})
         monkeypatch.setattr(Five, "questions", lambda self, changed=changed: [changed, *QUESTIONS[1:]])
         fingerprints.add(Five().fingerprint())
-    assert len(fingerprints) == 6
+    assert len(fingerprints) == 7

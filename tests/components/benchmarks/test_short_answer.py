@@ -77,7 +77,7 @@ def test_what_cannot_be_asked_names_file_and_line(tmp_path, record, words):
 def test_a_missing_image_folder_says_which_key(tmp_path):
     file = tmp_path / "eval.jsonl"
     file.write_text(json.dumps(row()))
-    with pytest.raises(RecipeError, match=r"The image folder nowhere of .*eval\.jsonl does not exist \(key images\)"):
+    with pytest.raises(RecipeError, match=r"The folder nowhere does not exist\. .*eval\.jsonl are relative to \(key images\)"):
         ShortAnswer(str(file), "nowhere").setup()
 
 
@@ -98,7 +98,7 @@ def test_real_pictures_and_what_their_questions_give_away(realdata):
     counting.setup()
     assert len(counting.questions()) == 1980
     # counted from the file with other code: the majority of its own answers
-    assert text_only_best(counting.questions())["accuracy"] == pytest.approx(883 / 1980)
+    assert counting.score(text_only_best(counting, counting.questions()))["accuracy"] == pytest.approx(883 / 1980)
     statements = ShortAnswer(str(folder / "eval_from_test_llava.json"), str(folder))
     statements.setup()
     assert len(statements.questions()) == 5940
