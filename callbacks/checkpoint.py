@@ -1,16 +1,27 @@
 """Checkpoints that are complete or invisible: written under another name, made visible by one rename."""
 
+import json
+import os
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from components.errors import RecipeError
-from components.run_folder import CHECKPOINTS, RECIPE, STATE, UNFINISHED, checkpoint_folder, complete_checkpoints
+from components.run_folder import (
+    BEST,
+    CHECKPOINTS,
+    RECIPE,
+    STATE,
+    UNFINISHED,
+    checkpoint_folder,
+    complete_checkpoints,
+    find_checkpoint,
+)
 
 DELETED = ".deleted"
 
@@ -22,12 +33,22 @@ class Checkpoint(LightningCheckpoint):
         every_n_steps: Optimizer steps between checkpoints, >= 1, or null.
         every_n_minutes: Minutes between checkpoints, > 0, or null.
         keep: Newest checkpoints that are kept, >= 1; older ones are deleted.
+        monitor: Score of a validation, such as `gqa/accuracy`, whose best checkpoint is kept besides and named in
+            `checkpoints/best.json`; null keeps none.
+        mode: Whether the best score is the largest (`max`) or the smallest (`min`).
 
     Raises:
-        RecipeError: A value out of range.
+        RecipeError: A value out of range, or a score that the validation does not have.
     """
 
-    def __init__(self, every_n_steps: int | None = None, every_n_minutes: float | None = None, keep: int = 2) -> None:
+    def __init__(
+        self,
+        every_n_steps: int | None = None,
+        every_n_minutes: float | None = None,
+        keep: int = 2,
+        monitor: str | None = None,
+        mode: Literal["max", "min"] = "max",
+    ) -> None:
         if (every_n_steps is not None and every_n_steps < 1) or (every_n_minutes is not None and every_n_minutes <= 0) or keep < 1:
             raise RecipeError(
                 f"checkpoint: every_n_steps = {every_n_steps} and keep = {keep} must be at least 1, every_n_minutes = "
@@ -36,6 +57,8 @@ class Checkpoint(LightningCheckpoint):
         self.every_n_steps = every_n_steps
         self.every_n_minutes = every_n_minutes
         self.keep = keep
+        self.monitor = monitor
+        self.mode = mode
         self.last_step = -1
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -50,7 +73,7 @@ class Checkpoint(LightningCheckpoint):
         self.last_time = time.monotonic()
         checkpoints = Path(trainer.log_dir or ".") / CHECKPOINTS  # log_dir talks to all ranks
         if trainer.is_global_zero:
-            for leftover in [*checkpoints.glob(f"*{UNFINISHED}"), *checkpoints.glob(f"*{DELETED}")]:
+            for leftover in [*checkpoints.glob(f"step_*{UNFINISHED}"), *checkpoints.glob(f"*{DELETED}")]:
                 shutil.rmtree(leftover)
 
     def on_train_batch_end(
@@ -87,10 +110,39 @@ class Checkpoint(LightningCheckpoint):
         if trainer.is_global_zero:
             shutil.copy(run / RECIPE, unfinished / RECIPE)
             unfinished.rename(final)
-            for old in complete_checkpoints(run)[: -self.keep]:
+            self._delete_old(run)
+        trainer.strategy.barrier("checkpoint visible")
+
+    def keep_best(self, trainer: Trainer) -> None:
+        """After a validation: keep the checkpoint of this step if no earlier score was as good. Called on all ranks."""
+        if self.monitor is None:
+            return
+        if self.monitor not in trainer.callback_metrics:
+            known = ", ".join(sorted(name for name in trainer.callback_metrics if not name.startswith(("train/", "lr/", "norm/"))))
+            raise RecipeError(f"checkpoint.monitor = {self.monitor} is not a score of the validation. There are: {known}.")
+        score = trainer.callback_metrics[self.monitor].item()
+        run = Path(trainer.log_dir or ".")  # log_dir talks to all ranks
+        best = _read_best(run)
+        if best and best["monitor"] == self.monitor:
+            gain = score - best["score"]
+            if not (gain > 0 if self.mode == "max" else gain < 0):
+                return
+        self.save(trainer)
+        if trainer.is_global_zero:
+            file = run / CHECKPOINTS / BEST
+            unfinished = file.with_name(file.name + UNFINISHED)
+            unfinished.write_text(json.dumps({"monitor": self.monitor, "score": score, "step": trainer.global_step}) + "\n")
+            os.replace(unfinished, file)
+            self._delete_old(run)
+        trainer.strategy.barrier("best checkpoint named")
+
+    def _delete_old(self, run: Path) -> None:
+        best = _read_best(run)
+        spared = checkpoint_folder(run, best["step"]) if best and self.monitor else None
+        for old in complete_checkpoints(run)[: -self.keep]:
+            if old != spared:
                 doomed = old.rename(old.with_name(old.name + DELETED))  # never half a checkpoint under a good name
                 shutil.rmtree(doomed)
-        trainer.strategy.barrier("checkpoint visible")
 
     def _due(self, trainer: Trainer) -> bool:
         if 0 <= trainer.max_steps <= trainer.global_step:  # now, before the benchmarks of the end may fail
@@ -101,3 +153,12 @@ class Checkpoint(LightningCheckpoint):
             return False
         elapsed = time.monotonic() - self.last_time >= self.every_n_minutes * 60
         return trainer.strategy.broadcast(elapsed) if trainer.world_size > 1 else elapsed
+
+
+def _read_best(run: Path) -> dict[str, Any] | None:
+    """What `best.json` says; None where there is none, or where its checkpoint has gone."""
+    try:
+        find_checkpoint(run / CHECKPOINTS / BEST, "checkpoint.monitor")
+    except RecipeError:
+        return None
+    return json.loads((run / CHECKPOINTS / BEST).read_text())

@@ -1,5 +1,6 @@
 """Where a run lives: its name, its recipe and its checkpoints. Only paths and YAML, no torch."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ RECIPE = "recipe.yaml"
 STATE = "state"
 CHECKPOINTS = "checkpoints"
 UNFINISHED = ".unfinished"
+BEST = "best.json"
+"""In the checkpoints' folder: which of them has the best score."""
 _CHECKPOINT = re.compile(r"step_(\d+)")
 
 
@@ -34,13 +37,15 @@ def find_checkpoint(path: str | Path, key: str) -> Path:
     """The checkpoint that a run folder or checkpoint folder stands for.
 
     Args:
-        path: A run folder (its newest complete checkpoint is meant) or a checkpoint folder.
+        path: A run folder (its newest complete checkpoint is meant), a checkpoint folder, or a run's `checkpoints/best.json`.
         key: The option that named the path, for the error message.
 
     Raises:
         RecipeError: There is no complete checkpoint.
     """
     path = Path(path)
+    if path.name == BEST and path.is_file():
+        path = checkpoint_folder(path.parent.parent, json.loads(path.read_text())["step"])
     if _CHECKPOINT.fullmatch(path.name) and (path / RECIPE).is_file():
         return path
     if found := complete_checkpoints(path):

@@ -254,6 +254,8 @@ class VisionLanguageModel(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add up the loss and the supervised tokens of the data module's source of this loader."""
+        if not self.validation_names:
+            return
         loss = self.loss_sum(batch)
         self.validation_totals[dataloader_idx] += torch.stack([loss, torch.full_like(loss, len(batch.targets))])
 
@@ -269,6 +271,13 @@ class VisionLanguageModel(LightningModule):
             if count > 0:
                 # summed over ranks already: sync_dist reduces nothing here, it only keeps Lightning from recommending it
                 self.log(f"val/loss/{name}", loss / count, rank_zero_only=True, sync_dist=True)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Nothing: the benchmarks of the test command ask for themselves."""
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[str]:
+        """Nothing: the questions of the predict command are asked by its callback."""
+        return []
 
     def configure_optimizers(self) -> Optimizer:
         """AdamW with one group per trained part for matrices and one, without decay, for norms, biases and other vectors."""

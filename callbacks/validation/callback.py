@@ -1,37 +1,39 @@
 """When benchmarks are asked while a model trains and afterwards, and where their answers go."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import hashlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from callbacks.validation.questions import Prompts, draw_questions, exchange_pictures, share
-from callbacks.validation.result import Result, answer_sheet
-from components.benchmarks import Benchmark, Question
+from callbacks.checkpoint import Checkpoint
+from callbacks.validation.asking import ask, exchange_pictures, gather
+from callbacks.validation.sheet import answer_sheet
+from components.benchmarks import Benchmark
+from components.benchmarks.report import Report
 from components.errors import RecipeError
 from components.run_folder import RECIPE
 
 
 class Validation(Callback):
-    """Benchmarks in, accuracies in the log, tables on the console and answers in the run folder's `validation/` out.
+    """Benchmarks in, scores in the log, tables on the console and answers in the run folder's `validation/` out.
 
     Args:
         benchmarks: Name of each benchmark and the benchmark; the name stands in `NAME/accuracy` and in file names.
         every_n_steps: Optimizer steps between validations while training, >= 1, or null.
+        at_start: Whether to validate before the first step of a run.
         at_end: Whether to validate when training reaches trainer.max_steps.
-        limit: Most questions of each benchmark while training, >= 1, or null for all; names then end in `_partial`. The validate
-            command always asks all.
-        batch_size: Prompts that each rank answers together, >= 1.
-        max_new_tokens: Longest answer, in tokens, >= 1.
-        shuffled_pictures: Whether to ask once more with the pictures exchanged, at the end of training and in the validate command:
-            a model that looks at them falls to the text-only best or below.
+        limit: Most questions of each benchmark, >= 1, or null for all; names then end in `_partial`. The test command always asks
+            all.
+        batch_size: Prompts that each rank answers together, >= 1. Each token of theirs takes 0.8 MB for a 13B decoder in bf16.
+        max_new_tokens: Longest answer, in tokens, >= 1; LLaVA-1.5 is evaluated with 128.
+        shuffled_pictures: Whether to ask once more with the pictures exchanged, at the end of training and in the commands validate
+            and test: a model that looks at them falls to the text-only best or below.
         num_pictures: Pictures shown with question and answers in TensorBoard, >= 0.
 
     Raises:
@@ -42,6 +44,7 @@ class Validation(Callback):
         self,
         benchmarks: dict[str, Benchmark],
         every_n_steps: int | None = None,
+        at_start: bool = False,
         at_end: bool = True,
         limit: int | None = None,
         batch_size: int = 64,
@@ -56,6 +59,7 @@ class Validation(Callback):
             raise RecipeError(f"validation: num_pictures = {num_pictures} must be at least 0.")
         self.benchmarks = benchmarks
         self.every_n_steps = every_n_steps
+        self.at_start = at_start
         self.at_end = at_end
         self.limit = limit
         self.batch_size = batch_size
@@ -63,23 +67,30 @@ class Validation(Callback):
         self.shuffled_pictures = shuffled_pictures
         self.num_pictures = num_pictures
         self.loaded_step = 0
-        self.validated = False
 
     # --- when
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Open the benchmarks: what is missing shows before anything is trained."""
+        if stage == "predict":
+            return
         for name, benchmark in self.benchmarks.items():
             try:
                 benchmark.setup()
+                asked = benchmark.draw(None if stage == "test" else self.limit)
                 if self.shuffled_pictures:
-                    exchange_pictures(draw_questions(benchmark.questions(), self.limit))
+                    exchange_pictures(asked)
             except RecipeError as error:
                 raise RecipeError(f"validation.benchmarks.{name}: {error}") from error
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Remember the step of the weights: the validate command does not restore the trainer's."""
+        """Remember the step of the weights: validate and test do not restore the trainer's."""
         self.loaded_step = checkpoint["global_step"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validate what the run starts from."""
+        if self.at_start and trainer.global_step == 0:
+            self.validate(trainer, pl_module, 0, self.limit, shuffled_pictures=False)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
@@ -99,81 +110,71 @@ class Validation(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The validate command."""
         if trainer.state.fn == TrainerFn.VALIDATING:
-            self.validated = True
-            self.validate(trainer, pl_module, self.loaded_step, None, self.shuffled_pictures)
+            self.validate(trainer, pl_module, self.loaded_step, self.limit, self.shuffled_pictures)
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """The validate command where no source holds samples out: Lightning's loop has no batch and calls no hook but this."""
-        if stage == TrainerFn.VALIDATING and not self.validated:
-            pl_module.to(trainer.strategy.root_device)
-            self.validate(trainer, pl_module, self.loaded_step, None, self.shuffled_pictures)
-            pl_module.cpu()
-        self.validated = False
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The test command."""
+        self.validate(trainer, pl_module, self.loaded_step, None, self.shuffled_pictures)
 
     # --- what
 
     def validate(self, trainer: Trainer, pl_module: LightningModule, step: int, limit: int | None, shuffled_pictures: bool) -> None:
         """Ask the questions of every benchmark; score, show and keep the answers. Called on all ranks."""
         run = Path(trainer.log_dir or ".")  # log_dir talks to all ranks
-        validated = trainer.ckpt_path if trainer.state.fn == TrainerFn.VALIDATING else None
-        recipe = (Path(validated).parent if validated else run) / RECIPE
-        preparation = trainer.datamodule.preparation  # type: ignore[attr-defined]
         for name, benchmark in self.benchmarks.items():
-            asked = draw_questions(benchmark.questions(), limit)
-            answers = self._answers(trainer, pl_module, name, benchmark, asked)
-            exchanged = exchange_pictures(asked) if shuffled_pictures else None
-            others = self._answers(trainer, pl_module, f"{name}, exchanged pictures", benchmark, exchanged) if exchanged else None
-            result = Result(name, step, benchmark, asked, answers, exchanged, others)
-            trainer.callback_metrics.update({key: torch.tensor(value) for key, value in result.logged().items()})
+            asked = benchmark.draw(limit)
+            options: dict[str, Any] = {"batch_size": self.batch_size, "max_new_tokens": self.max_new_tokens}
+            answers = gather(trainer, ask(trainer, pl_module, benchmark, asked, title=name, **options))
+            exchanged, others = None, None
+            if shuffled_pictures:
+                exchanged = exchange_pictures(asked)
+                title = f"{name}, exchanged pictures"
+                others = gather(trainer, ask(trainer, pl_module, benchmark, exchanged, title=title, **options))
+            logged: dict[str, float] | Exception | None = None
             if trainer.is_global_zero:
-                for logger in trainer.loggers:
-                    logger.log_metrics(result.logged(), step=step)
-                tqdm.write(result.table())
-                self._show_pictures(trainer, result)
-                result.write(run / "validation", recipe, preparation, self.max_new_tokens)
+                report = Report(name, f"at step {step}", benchmark, asked, answers, len(benchmark.questions()), exchanged, others)
+                try:
+                    logged = report.logged()
+                    self._show(trainer, report, step)
+                    report.write(run / "validation", self._provenance(trainer, run, step))
+                except Exception as error:  # the other ranks wait for the scores: they must end as well
+                    logged = error
+            logged = trainer.strategy.broadcast(logged)
+            if isinstance(logged, Exception):
+                raise logged
+            assert logged is not None
+            trainer.callback_metrics.update({key: torch.tensor(value, dtype=torch.float64) for key, value in logged.items()})
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Checkpoint) and trainer.state.fn == TrainerFn.FITTING and step:
+                callback.keep_best(trainer)
 
-    def _answers(
-        self, trainer: Trainer, pl_module: LightningModule, title: str, benchmark: Benchmark, questions: list[Question]
-    ) -> dict[str, str]:
-        """The model's answer to every question, by id, on every rank."""
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        batches = share(questions, trainer.global_rank, trainer.world_size, self.batch_size)
-        loader = DataLoader(
-            Prompts(batches, benchmark, data.preparation, data.tokenizer, data.layout),
-            batch_size=None,
-            num_workers=data.num_workers,
-            generator=torch.Generator(),  # else the loader would draw from the generator that training draws from
-        )
-        options = {"max_new_tokens": self.max_new_tokens, "end_token_id": data.preparation.end_token_id(data.tokenizer)}
-        quiet = not trainer.is_global_zero or trainer.progress_bar_callback is None
-        answers: dict[str, str] = {}
-        with evaluation_mode(pl_module), trainer.precision_plugin.val_step_context():
-            for documents in tqdm(loader, desc=title, unit="batch", leave=False, disable=quiet):
-                if isinstance(documents, RecipeError):
-                    raise documents
-                texts = pl_module.generate(documents, **options)  # type: ignore[operator]
-                answers |= {document.sample_id: text for document, text in zip(documents, texts, strict=True)}
-        if trainer.world_size == 1:
-            return answers
-        gathered: list[dict[str, str]] = [{}] * trainer.world_size
-        torch.distributed.all_gather_object(gathered, answers)
-        return {key: answer for of_rank in gathered for key, answer in of_rank.items()}  # a question asked twice counts once
-
-    def _show_pictures(self, trainer: Trainer, result: Result) -> None:
-        shown = [question for question in draw_questions(result.asked, self.num_pictures) if question.images]
+    def _show(self, trainer: Trainer, report: Report, step: int) -> None:
+        tqdm.write(report.table())
+        some = np.sort(np.random.default_rng(0).permutation(len(report.asked))[: self.num_pictures])
+        shown = [report.asked[number] for number in some if report.asked[number].images]
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and shown:
-                sheet = answer_sheet(result.benchmark, shown, result.answers)
-                logger.experiment.add_image(f"{result.shown_name}/answers", sheet, result.step, dataformats="HWC")
+            logger.log_metrics(report.logged(), step=step)
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text(f"{report.shown_name}/report", report.page(shown), step)
+                if shown:
+                    sheet = answer_sheet(report, shown)
+                    logger.experiment.add_image(f"{report.shown_name}/answers", sheet, step, dataformats="HWC")
 
-
-@contextmanager
-def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode, and afterwards in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    def _provenance(self, trainer: Trainer, run: Path, step: int) -> dict[str, Any]:
+        """What the answers depend on besides the questions."""
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        checkpoint = None if fitting or not trainer.ckpt_path else Path(trainer.ckpt_path).parent
+        recipe = (checkpoint or run) / RECIPE
+        preparation = trainer.datamodule.preparation  # type: ignore[attr-defined]
+        return {
+            "step": step,
+            "checkpoint": str(checkpoint) if checkpoint else None,
+            # there is no recipe outside of the command line
+            "recipe_hash": hashlib.blake2b(recipe.read_bytes(), digest_size=16).hexdigest() if recipe.is_file() else None,
+            "template": preparation.template,
+            "image_decoding": preparation.decoding,
+            "image_mode": preparation.image_mode,
+            "decoding": {"method": "greedy", "max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size},
+            "ranks": trainer.world_size,
+            "precision": str(trainer.precision),
+        }

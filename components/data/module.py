@@ -11,14 +11,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader
 
-from components.batch import Batch
-from components.conversation import Turn
-from components.data.micro_batches import FromStep, MicroBatches, Preparation, TrainBatches, ValidationBatches
+from components.batch import Batch, pack
+from components.data.micro_batches import FromStep, MicroBatches, Preparation, TrainBatches, ValidationBatches, null_document
 from components.data.order import Mixture
 from components.data.sources import Sample, Source
 from components.errors import RecipeError
 from components.images import Decoding, SquareMode
 from components.tokenizer import load_tokenizer
+from components.turns import Turn
 
 QUARANTINE = "quarantine.jsonl"
 
@@ -82,6 +82,12 @@ class InstructionData(LightningDataModule):
         if hasattr(self, "mixture"):
             return
         trainer = self.trainer
+        model: Any = trainer.lightning_module
+        self.layout = model.sample_format()
+        self.tokenizer = load_tokenizer(self.layout.tokenizer)
+        self._try_preparation()
+        if stage in ("test", "predict"):  # questions alone: the sources may be elsewhere
+            return
         self.micro_batches = trainer.accumulate_grad_batches
         smallest = trainer.world_size * self.micro_batches
         if self.global_batch_size % smallest:
@@ -89,12 +95,8 @@ class InstructionData(LightningDataModule):
                 f"data.global_batch_size = {self.global_batch_size} is not a multiple of {trainer.world_size} ranks x "
                 f"{self.micro_batches} accumulated micro-batches = {smallest}. Change one of the three."
             )
-        model: Any = trainer.lightning_module
-        self.layout = model.sample_format()
-        self.tokenizer = load_tokenizer(self.layout.tokenizer)
         self.quarantine = Path(trainer.log_dir or ".") / QUARANTINE  # log_dir talks to all ranks; a bad sample is one rank's
         self.bad_samples = self._known_bad_samples()
-        self._try_preparation()
         for name, source in self.sources.items():
             try:
                 source.setup()
@@ -115,12 +117,26 @@ class InstructionData(LightningDataModule):
         return self._loader(batches, sampler=FromStep(self.trainer.global_step, steps, self.micro_batches))
 
     def val_dataloader(self) -> list[DataLoader]:
-        """One loader for each source that holds samples out."""
+        """One loader for each source that holds samples out; for the validate command at least one."""
+        if not self.validation_names and self.trainer.state.fn == TrainerFn.VALIDATING:
+            return [self._without_samples()]
         size = self.global_batch_size // (self.trainer.world_size * self.micro_batches)
         return [
             self._loader(self._batches(ValidationBatches, name, batch_size=size, seed=self.seed), shuffle=False)
             for name in self.validation_names
         ]
+
+    def test_dataloader(self) -> DataLoader:
+        """A batch without samples: the benchmarks ask their own questions."""
+        return self._without_samples()
+
+    def predict_dataloader(self) -> DataLoader:
+        """A batch without samples: the questions come from a file of their own."""
+        return self._without_samples()
+
+    def _without_samples(self) -> DataLoader:
+        batch = pack([null_document(self.layout, self.tokenizer, "no sample")], self.layout.image_token_id)
+        return DataLoader([batch], batch_size=None, num_workers=0)  # type: ignore[arg-type]
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Count the samples that could not be used, write them down, stop when they are too many."""

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from components.annotations import Annotations
-from components.conversation import Turn, parse_llava
 from components.data.order import SCENE, stream
 from components.errors import BadSample, RecipeError
 from components.shapes_world import Setting, draw_scene
+from components.turns import Turn, parse_llava
 
 _BYTES_PER_TOKEN = 4  # of English text; lengths only balance the micro-batches, they need not be exact
 _MIB = 2**20

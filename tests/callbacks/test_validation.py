@@ -12,7 +12,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from callbacks.validation import Validation
-from callbacks.validation.questions import exchange_pictures, share
+from callbacks.validation.asking import exchange_pictures, share
 from components.batch import SampleFormat
 from components.benchmarks import Benchmark, Question
 from components.data import Preparation
@@ -31,8 +31,8 @@ class Brightness(Benchmark):
 
     broken = None
 
-    def setup(self):
-        self.opened = True
+    def setup(self, pictures=True):
+        self.opened = pictures
 
     def questions(self):
         asked = [
@@ -63,11 +63,14 @@ class Model(LightningModule):
         self.asked = []
 
     def training_step(self, batch, batch_idx):
+        assert self.training
         self.draws = [*getattr(self, "draws", []), torch.rand(()).item()]
         return self.layer(batch).sum()
 
     def validation_step(self, batch, batch_idx, dataloader_idx=0):
         return None
+
+    test_step = validation_step
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.1)
@@ -97,7 +100,9 @@ class Data(LightningDataModule):
         return torch.utils.data.DataLoader(torch.ones(12, 1), batch_size=1)
 
     def val_dataloader(self):
-        return [torch.utils.data.DataLoader(torch.ones(2, 1))] * self.held_out
+        return [torch.utils.data.DataLoader(torch.ones(2, 1))] * (self.held_out or 1)
+
+    test_dataloader = val_dataloader
 
 
 def trainer(folder, validation, **options):
@@ -140,10 +145,10 @@ def test_table_log_and_files(tmp_path, capsys):
     # without pictures: one right of the five with the same words, and both others; exchanged: q1, said without looking, and q6
     table = (
         "squares at step 4: brightness of squares\n"
-        "       questions  accuracy  text-only best  shuffled pictures\n"
-        "dark           3     0.667           0.667              0.667\n"
-        "light          4     1.000           0.250              0.000\n"
-        "all            7     0.857           0.429              0.286\n"
+        "       questions  accuracy   95% interval  text-only best  shuffled pictures\n"
+        "dark           3     0.667  0.000 - 1.000           0.667              0.667\n"
+        "light          4     1.000                          0.250              0.000\n"
+        "all            7     0.857  0.500 - 1.000           0.429              0.286\n"
     )
     assert table in capsys.readouterr().out
     files = tmp_path / "run" / "validation"
@@ -154,8 +159,9 @@ def test_table_log_and_files(tmp_path, capsys):
     assert kept["metrics"] == metrics
     assert kept["text_only_best"]["accuracy"] == 3 / 7
     assert kept["shuffled_pictures"]["accuracy"] == 2 / 7
-    assert (kept["step"], kept["partial"], kept["fingerprint"]) == (4, False, Brightness().fingerprint())
-    assert (kept["template"], kept["decoding"], kept["image_mode"]) == ("brief", "upright", "pad")
+    assert (kept["step"], kept["partial"], kept["headline"]) == (4, False, {"accuracy": 6 / 7})
+    assert (kept["template"], kept["image_decoding"], kept["image_mode"]) == ("brief", "upright", "pad")
+    assert kept["decoding"] == {"method": "greedy", "max_new_tokens": 16, "batch_size": 64}
     assert torch.__version__.startswith(kept["versions"]["torch"])
     rows = [json.loads(line) for line in (files / "squares_step_4.jsonl").read_text().splitlines()]
     assert [row["answer"] for row in rows] == ["eleven", "60.", "120", "180", "250", "120", "5"]
@@ -216,17 +222,42 @@ def test_training_does_not_notice(tmp_path):
     assert not asked.frozen.training
 
 
-@pytest.mark.parametrize("held_out", [0, 2])
-def test_the_validate_command_asks_everything_at_the_step_of_the_checkpoint(tmp_path, held_out):
+@pytest.mark.parametrize("held_out", [1, 2])
+@pytest.mark.parametrize(("command", "name", "count"), [("validate", "squares_partial", 3), ("test", "squares", 7)])
+def test_commands_ask_at_the_step_of_the_checkpoint(tmp_path, held_out, command, name, count):
     _, fitted = fit(tmp_path, None)
     fitted.save_checkpoint(tmp_path / "weights.ckpt")
     model = Model()
     validation = Validation({"squares": Brightness()}, limit=3, batch_size=10)
-    trainer(tmp_path, validation).validate(model, datamodule=Data(held_out), ckpt_path=tmp_path / "weights.ckpt", verbose=False)
-    assert [len(batch) for batch in model.asked] == [7]
-    assert record(tmp_path, "squares_step_4")["metrics"]["accuracy"] == 1.0
+    asking = getattr(trainer(tmp_path, validation), command)
+    asking(model, datamodule=Data(held_out), ckpt_path=tmp_path / "weights.ckpt", verbose=False)
+    assert [len(batch) for batch in model.asked] == [count]
+    assert record(tmp_path, f"{name}_step_4")["metrics"]["accuracy"] == 1.0
     events = EventAccumulator(str(tmp_path / "run")).Reload()
-    assert [event.step for event in events.Scalars("squares/accuracy")] == [4]
+    assert [event.step for event in events.Scalars(f"{name}/accuracy")] == [4]
+
+
+def test_the_page_shows_the_worst_and_what_was_said(tmp_path):
+    fit(tmp_path, Validation({"squares": Brightness()}, num_pictures=7), Model({"q0": "eleven", "q1": "60."}))
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    (page,) = events.Tensors("squares/report/text_summary")
+    text = page.tensor_proto.string_val[0].decode()
+    assert (page.step, text.splitlines()[0]) == (4, "### squares at step 4: brightness of squares")
+    worst = text[text.index("#### Worst categories") :].splitlines()
+    assert worst[4] == "| dark | 0.667 | 3 |"
+    assert "| dark | 10 | eleven | 1 |" in text
+    assert "| how very very bright is that | 120 | 120 | 1 |" in text
+
+
+def test_at_start_is_before_the_first_step_and_not_after_a_restart(tmp_path):
+    model, fitted = fit(tmp_path, Validation({"squares": Brightness()}, at_start=True, at_end=False))
+    assert len(model.asked) == 1
+    assert record(tmp_path, "squares_step_0")["step"] == 0
+    fitted.save_checkpoint(tmp_path / "weights.ckpt")
+    again = Model()
+    validation = Validation({"squares": Brightness()}, at_start=True, at_end=False)
+    trainer(tmp_path, validation).fit(again, datamodule=Data(), ckpt_path=tmp_path / "weights.ckpt", weights_only=False)
+    assert again.asked == []
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -241,7 +272,7 @@ def test_a_broken_picture_is_named(tmp_path, workers):
 
 def test_what_is_missing_shows_before_training(tmp_path):
     class Missing(Brightness):
-        def setup(self):
+        def setup(self, pictures=True):
             raise RecipeError("There is no file. Download it.")
 
     model = Model()

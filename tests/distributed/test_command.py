@@ -4,17 +4,20 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from small_recipe import RECIPE, fit, write_recipe
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import assert_equal, weights
 
-from components.ask import load
+from components.ask import ask, load
 from components.run_folder import checkpoint_folder
+from components.shapes_world import Setting, draw_scene
 
 ROOT = Path(__file__).parents[2]
 BENCHMARK = {
@@ -32,11 +35,11 @@ def sharded_trainer() -> dict[str, Any]:
     return trainer | {"accelerator": "cpu", "devices": 2, "num_nodes": 1}
 
 
-def command(recipe: Path) -> str:
-    """What `python main.py fit` prints when all goes well."""
+def command(recipe: Path, name: str = "fit", *options: str) -> str:
+    """What `python main.py fit`, or another command, prints when all goes well."""
     environment = {**os.environ, "PYTHONWARNINGS": "", "GLOO_SOCKET_IFNAME": "lo"}
     result = subprocess.run(
-        [sys.executable, str(ROOT / "main.py"), "fit", "--config", str(recipe)],
+        [sys.executable, str(ROOT / "main.py"), name, "--config", str(recipe), *options],
         env=environment,
         capture_output=True,
         text=True,
@@ -56,15 +59,22 @@ def answers(run: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(f"runs/{run}/validation/shapes_step_4.jsonl").read_text().splitlines()]
 
 
-def test_a_sharded_run_is_the_run_of_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    changes = {"data": {"global_batch_size": 8}, "validation": {"benchmarks": {"shapes": BENCHMARK}}}
-    assert fit(write_recipe(tmp_path / "whole.yaml", **changes)) == 0
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The same four steps on one process and on two, and the recipe of the latter."""
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        changes = {"data": {"global_batch_size": 8}, "validation": {"benchmarks": {"shapes": BENCHMARK}}}
+        assert fit(write_recipe(folder / "whole.yaml", **changes)) == 0
+        recipe = write_recipe(folder / "sharded.yaml", trainer={**sharded_trainer(), "log_every_n_steps": 1}, **changes)
+        assert "run runs/sharded starts of 4" in command(recipe)
+        yield recipe
+
+
+def test_a_sharded_run_is_the_run_of_one_process(runs: Path) -> None:
     resolved = yaml.safe_load(Path("runs/whole/recipe.yaml").read_text())
     assert resolved["trainer"]["use_distributed_sampler"] is False  # though the recipe does not say so
-    recipe = write_recipe(tmp_path / "sharded.yaml", trainer={**sharded_trainer(), "log_every_n_steps": 1}, **changes)
-    assert "run runs/sharded starts of 4" in command(recipe)
-
     whole, sharded = (checkpoint_folder(Path("runs") / run, 4) for run in ("whole", "sharded"))
     assert (sharded / "state").is_dir()
     assert len(list((sharded / "state").glob("*.distcp"))) == 2  # one from each process
@@ -76,4 +86,24 @@ def test_a_sharded_run_is_the_run_of_one_process(tmp_path: Path, monkeypatch: py
     assert len(set(asked)) == len(asked) and len(asked) % 2  # one was asked twice, so that both processes had as many
     assert answers("sharded") == answers("whole")
 
-    assert "runs/sharded is finished: step 4 of 4." in command(recipe)
+
+def test_two_processes_predict_what_one_asks(runs: Path) -> None:
+    scene = draw_scene(Setting(2, 1, 2, 16), np.random.default_rng(5), held_out_pairs=False)
+    Path("scene.bmp").write_bytes(scene.picture())
+    texts = ["how many objects are there", "what shape is the red object", "is there a red object"]
+    rows = [{"question_id": number, "image": "scene.bmp", "text": text} for number, text in enumerate(texts)]
+    Path("questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ("--input", "questions.jsonl", "--output", "answers.jsonl", "--max_new_tokens", "5")
+    assert "answers.jsonl: 3 answers" in command(runs, "predict", *options)
+    told = [json.loads(line)["text"] for line in Path("answers.jsonl").read_text().splitlines()]
+    assert told == [ask("runs/sharded", text, ["scene.bmp"], max_new_tokens=5) for text in texts]
+
+
+@pytest.mark.slow
+def test_a_finished_run_stays_and_its_benchmarks_can_be_asked_again(runs: Path) -> None:
+    assert "runs/sharded is finished: step 4 of 4." in command(runs)
+    file = Path("runs/sharded/validation/shapes_step_4.jsonl")
+    before = file.read_text()
+    file.unlink()
+    command(runs, "test")
+    assert file.read_text() == before

@@ -123,8 +123,8 @@ def test_every_part_file_is_used():
     named = set()
     for path in [*FULL, *OVERLAYS, *FRAGMENTS]:
         named |= {(path.parent / value).resolve() for value in flat(load(path)).values() if is_part_file(value)}
-    # which machine there is, the user says
-    assert [name(path) for path in FRAGMENTS if path not in named and path.parent.name != "trainer"] == []
+    # which machine there is, and what else is asked, the user says
+    assert [name(path) for path in FRAGMENTS if path not in named and path.parent.name not in ("trainer", "validation")] == []
 
 
 @pytest.mark.parametrize("run", ABLATIONS)
