@@ -9,13 +9,19 @@ from components.errors import RecipeError
 
 COMMANDS = {
     "fit": "train a recipe, or continue its run from the newest complete checkpoint",
-    "validate": "validation losses and benchmarks of a checkpoint",
+    "validate": "validation losses and benchmarks of a checkpoint, as the run asks them on the way",
+    "test": "every question of a recipe's benchmarks, asked of a checkpoint",
+    "predict": "answer a file of questions about pictures",
+    "score": "score a file of answers, without a model",
+    "compare": "the difference between two validations, with its interval",
     "ask": "ask a trained model about a picture",
     "import": "make a run of a released LLaVA model",
     "export": "write a run as a Hugging Face LLaVA folder, and prove it equal",
 }
 WITHOUT_TRAINER = {
     "ask": "components.ask",
+    "score": "components.score",
+    "compare": "components.compare",
     "import": "components.huggingface.importing",
     "export": "components.huggingface.exporting",
 }

@@ -5,11 +5,11 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 
 from components.checkpoint_files import load_weights
-from components.conversation import Turn
 from components.data import Preparation, Sample
 from components.errors import BadSample, RecipeError
 from components.rebuild import read_checkpoint_recipe, rebuild
 from components.run_folder import find_checkpoint
+from components.turns import Turn
 from components.vlm import VisionLanguageModel
 
 

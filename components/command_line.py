@@ -4,6 +4,7 @@ import logging
 import signal
 import sys
 import warnings
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 from callbacks.checkpoint import Checkpoint
 from callbacks.overview import Overview
+from callbacks.prediction import Prediction
 from callbacks.progress import Progress
 from callbacks.throughput import Throughput
 from callbacks.validation import Validation
 from callbacks.warmup import Warmup
+from components.benchmarks import QuestionFile
 from components.data import InstructionData
 from components.errors import RecipeError
 from components.recipe_files import explain, hint, named_recipes, read_recipe
@@ -74,7 +77,15 @@ class RecipeCLI(LightningCLI):
         return {
             "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"},
             "validate": {"model", "dataloaders", "datamodule", "weights_only", "verbose"},
+            "test": {"model", "dataloaders", "datamodule", "weights_only", "verbose"},
+            "predict": {"model", "dataloaders", "datamodule", "weights_only", "return_predictions"},
         }
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "predict":
+            parser.add_function_arguments(prediction, skip={"model_id"})
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The sections of a recipe besides trainer, model and data."""
@@ -126,7 +137,7 @@ class RecipeCLI(LightningCLI):
             raise RecipeError(NO_RECIPE)
         self.folder = RUNS / name
         self.step = 0
-        if self.subcommand == "validate":
+        if self.subcommand != "fit":
             path = self._get(self.config, "ckpt_path") or str(self.folder)
             self.checkpoint: Path | None = find_checkpoint(path, "--ckpt_path")
         else:
@@ -163,9 +174,9 @@ class RecipeCLI(LightningCLI):
             )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The trainer writes into the run folder. `fit` voids events after the step it continues from; `validate` keeps all."""
+        """The trainer writes into the run folder. `fit` voids events after the step it continues from; the others keep all."""
         purge_step = (self.step or None) if self.subcommand == "fit" else None
-        if self.subcommand == "validate":
+        if self.subcommand != "fit":
             self.save_config_callback = None
         if self.subcommand is not None and self._get(self.config_init, "trainer").get("logger") in (None, True):
             kwargs["logger"] = TensorBoardLogger(RUNS, self.folder.name, version="", purge_step=purge_step)
@@ -191,8 +202,23 @@ class RecipeCLI(LightningCLI):
             self._next_steps()
 
     def validate(self, **kwargs: Any) -> None:
-        """Validation losses and benchmarks of a checkpoint."""
+        """Validation losses of a checkpoint, and benchmarks as the run asks them on the way."""
         self.trainer.validate(verbose=False, **kwargs)
+
+    def test(self, **kwargs: Any) -> None:
+        """Every question of every benchmark."""
+        if not self._get(self.config, "validation").benchmarks:
+            raise RecipeError("The recipe names no benchmark. Name some with --validation recipes/validation/NAME.yaml.")
+        self.trainer.test(verbose=False, **kwargs)
+
+    def predict(self, **kwargs: Any) -> None:
+        """The questions of a file."""
+        names = signature(prediction).parameters
+        options = {name: self._get(self.config_init, name) for name in names if name != "model_id"}
+        assert self.checkpoint is not None
+        model_id = f"{self.checkpoint.parent.parent.name}/{self.checkpoint.name}"
+        self.trainer.callbacks.append(prediction(model_id=model_id, **options))  # type: ignore[attr-defined]
+        self.trainer.predict(return_predictions=False, **{name: value for name, value in kwargs.items() if name not in names})
 
     def _next_steps(self) -> None:
         for table in sorted((self.folder / "validation").glob(f"*_step_{self.trainer.max_steps}.txt")):
@@ -203,3 +229,27 @@ class RecipeCLI(LightningCLI):
             f'\nAsk the model:     python main.py ask --ckpt {self.folder} --image PICTURE --question "..."'
         )
         sys.stdout.flush()
+
+
+def prediction(
+    input: Path,
+    output: Path,
+    model_id: str,
+    images: Path | None = None,
+    prompt: str = "{question}",
+    batch_size: int = 16,
+    max_new_tokens: int = 128,
+) -> Prediction:
+    """A file of questions in, the callback that answers them out.
+
+    Args:
+        input: JSONL with `text` and `image` a line (optional `question_id`, `category`), as LLaVA's question files.
+        output: JSONL that the answers go to; one that exists already is continued.
+        model_id: Name of the model in every row.
+        images: Folder that picture names are relative to; by default the folder of the input.
+        prompt: What is asked, with `{question}` where the text of a line goes.
+        batch_size: Prompts that each rank answers together, >= 1.
+        max_new_tokens: Longest answer, in tokens, >= 1.
+    """
+    questions = QuestionFile(str(input), str(images or input.parent), prompt)
+    return Prediction(questions, output, model_id, batch_size, max_new_tokens)

@@ -12,9 +12,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import main
 from components.ask import load
-from components.conversation import Turn
 from components.data import Sample
 from components.run_folder import find_checkpoint
+from components.turns import Turn
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
 BENCHMARK = {

@@ -18,7 +18,10 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     4: {"main", "components.command_line"},
     3: {"callbacks"},
-    2: {f"components.{room}" for room in ("vlm", "sharding", "checkpoint_files", "rebuild", "ask", "flops", "huggingface", "plan")},
+    2: {
+        f"components.{room}"
+        for room in ("vlm", "sharding", "checkpoint_files", "rebuild", "ask", "score", "compare", "flops", "huggingface", "plan")
+    },
     1: {f"components.{room}" for room in ("vision_tower", "projector", "decoder", "data", "benchmarks")},
 }
 """Rooms by floor; the rest of components is floor 0. A module may import from its own floor and from those below."""

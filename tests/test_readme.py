@@ -12,6 +12,10 @@ import yaml
 from PIL import Image
 
 import main
+from components.benchmarks import ShapesWorld
+from components.benchmarks.records import rebuilt
+from components.benchmarks.report import Report
+from components.shapes_world import Setting
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -20,6 +24,7 @@ BLOCKS = re.findall(r"(?:<!-- ([\w ]+) -->\n)?```(\w+)\n(.*?)```", README, re.DO
 TO_THEIR_EDGE = {
     "main.py import": "needs the network; small folders are imported in tests/components/huggingface, here its options are read",
     "main.py export": "needs a trained run; small runs are exported in tests/components/huggingface, here its options are read",
+    "score --benchmark mme": "needs MME; folders of results are scored in tests/components/benchmarks, here its options are read",
     "vllm serve": "needs vLLM and a GPU; that the named template is written is tested with the exports",
     "tensorboard --logdir runs/quickstart": "serves until stopped; here it is asked for its help",
     "torchrun --nproc_per_node 8": "needs 8 GPUs; the command behind it is resolved",
@@ -43,13 +48,13 @@ def bash_lines():
             yield from (line for line in text.splitlines() if line.strip())
 
 
-def fit_commands():
+def recipe_commands(names="fit|validate|test|predict"):
     joined = "\n".join(text for _, language, text in BLOCKS if language == "bash")
-    return re.findall(r"main\.py (fit --config .*)", joined)
+    return re.findall(rf"main\.py ((?:{names}) --config .*)", joined)
 
 
-@pytest.mark.parametrize("command", sorted(set(fit_commands())))
-def test_fit_commands_resolve(command, monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize("command", sorted(set(recipe_commands())))
+def test_commands_with_a_recipe_resolve(command, monkeypatch, capsys, tmp_path):
     gated = tmp_path / "gated.yaml"
     gated.write_text(block_with("class_path: my_projector"))
     (tmp_path / "my_projector.py").write_text(block_with("class GatedProjector"))
@@ -64,7 +69,7 @@ def test_fit_commands_resolve(command, monkeypatch, capsys, tmp_path):
 
 def test_every_command_is_known_here():
     for line in bash_lines():
-        known = any(edge in line for edge in TO_THEIR_EDGE) or "main.py ask" in line or "main.py validate" in line
+        known = any(edge in line for edge in TO_THEIR_EDGE) or re.search(r"main\.py (ask|compare|score --benchmark own) ", line)
         assert known, f"README runs '{line}': test it, or say to which edge it is tested"
 
 
@@ -111,7 +116,7 @@ def test_recipe_block_resolves(tmp_path, monkeypatch, capsys):
     assert yaml.safe_load(capsys.readouterr().out)["data"]["global_batch_size"] == 256
 
 
-@pytest.mark.parametrize("command", ["ask", "import", "export"])
+@pytest.mark.parametrize("command", ["ask", "import", "export", "score", "compare"])
 def test_options_of_commands_without_a_recipe_exist(command, capsys):
     with pytest.raises(SystemExit):
         main.main([command, "--help"])
@@ -141,7 +146,7 @@ def test_projector_of_ones_own_trains(tmp_path, monkeypatch):
     (tmp_path / "gated.yaml").write_text(block_with("class_path: my_projector"))
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    command = next(command for command in fit_commands() if "gated.yaml" in command)
+    command = next(command for command in recipe_commands("fit") if "gated.yaml" in command)
     command = command.replace("recipes/projector/gated.yaml", "gated.yaml").replace("recipes/", f"{ROOT}/recipes/")
     assert main.main(shlex.split(f"{command} {SHORT}")) == 0
     saved = yaml.safe_load((tmp_path / "runs/gated/recipe.yaml").read_text())
@@ -164,6 +169,45 @@ def test_own_pictures_train_on_small_files(tmp_path, monkeypatch, capsys):
     command = f"fit --config {ROOT}/recipes/own_pictures.yaml --data.global_batch_size 2 {SHORT}"
     assert main.main(shlex.split(command)) == 0
     assert re.search(r"count\s+2 ", capsys.readouterr().out)
+
+
+def test_answers_are_scored_as_shown(tmp_path, monkeypatch, capsys):
+    """The file of answers that the command before it would have written."""
+    line = json.loads(next(text for _, language, text in BLOCKS if language == "json"))
+    (tmp_path / "data/own").mkdir(parents=True)
+    (tmp_path / "data/own/eval.jsonl").write_text(json.dumps(line) + "\n")
+    (tmp_path / "answers.jsonl").write_text(json.dumps({"question_id": line["question_id"], "text": line["answer"]}) + "\n")
+    monkeypatch.chdir(tmp_path)
+    command = next(text for text in bash_lines() if "main.py score --benchmark own " in text)
+    assert main.main(shlex.split(command)[2:]) == 0
+    assert re.search(r"all +1 +1\.000", capsys.readouterr().out)
+
+
+def test_records_are_compared_as_shown(tmp_path, monkeypatch, capsys):
+    """Records of the two runs, of which the first saw the color and the second nothing."""
+    monkeypatch.chdir(tmp_path)
+    command = shlex.split(next(text for text in bash_lines() if "main.py compare " in text))[2:]
+    benchmark = ShapesWorld(Setting(grid=2, max_objects=3, image_size=32), num_scenes=50)
+    benchmark.setup()
+    asked = benchmark.questions()
+    for path, kinds in zip(command[1:], ({"color"}, set()), strict=True):
+        name, _, step = Path(path).stem.rpartition("_step_")
+        answers = {question.id: question.reference if question.group in kinds else "" for question in asked}
+        written = Report(name, f"at step {step}", benchmark, asked, answers, len(asked)).write(Path(path).parent, {})
+        assert written == Path(path)
+    assert main.main(command) == 0
+    shown = capsys.readouterr().out
+    headings = block_with("shapes_world: ShapesWorld").splitlines()[3].split()
+    assert next(row for row in shown.splitlines() if "B - A" in row).split() == headings
+    assert re.search(r"accuracy/color +1\.000 +0\.000 +-1\.000", shown)
+
+
+def test_stated_prompt_hashes_are_those_of_the_part_files():
+    rows = re.findall(r"^\|.*`benchmark/(\w+)\.yaml`.*`(\w{8})` \|$", README, re.MULTILINE)
+    assert len(rows) == 5
+    for name, stated in rows:
+        part = yaml.safe_load((ROOT / f"recipes/benchmark/{name}.yaml").read_text())
+        assert rebuilt(part, Path(name)).prompt_hash() == stated, name
 
 
 KINDS = {

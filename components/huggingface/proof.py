@@ -17,12 +17,12 @@ from torch import Tensor
 from components.batch import IMAGE_TOKEN_ID, Document, pack
 from components.causality import prove_causal
 from components.checkpoint_files import merged_weights
-from components.conversation import Turn
 from components.data import Sample
 from components.huggingface.initial import allocate, fill
 from components.huggingface.memory import peak_mib
 from components.named_tensors import NamedTensors
 from components.rebuild import read_checkpoint_recipe, rebuild
+from components.turns import Turn
 
 JOB, OURS, THEIRS = "job.json", "ours", "theirs"
 NEW_TOKENS = 32

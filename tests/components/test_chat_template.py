@@ -9,9 +9,10 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from components.batch import IGNORE_INDEX
 from components.chat_template import TEMPLATES, resolve_template, to_jinja
-from components.conversation import Turn, encode, encode_prompt
+from components.conversation import encode, encode_prompt
 from components.data import Preparation
 from components.errors import RecipeError
+from components.turns import Turn
 from tests.components.small_tokenizers import (
     CHAT_TEMPLATES,
     KINDS,

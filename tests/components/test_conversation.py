@@ -8,9 +8,10 @@ from transformers import PreTrainedTokenizerBase
 
 from components.batch import IGNORE_INDEX
 from components.chat_template import TEMPLATES
-from components.conversation import Turn, encode, encode_prompt, parse_llava
+from components.conversation import encode, encode_prompt
 from components.errors import BadSample, RecipeError
 from components.tokenizer import WordTokenizer
+from components.turns import Turn, parse_llava
 from tests.components.small_tokenizers import KINDS, byte_level_tokenizer, tokenizer_of, word_tokenizer
 
 IMAGE_TOKEN_ID = -200

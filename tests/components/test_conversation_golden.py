@@ -11,10 +11,11 @@ from PIL import Image
 
 from components.batch import IGNORE_INDEX, IMAGE_TOKEN_ID, Document, SampleFormat
 from components.chat_template import TEMPLATES
-from components.conversation import Turn, encode, encode_prompt, parse_llava
+from components.conversation import encode, encode_prompt
 from components.data import Preparation, Sample
 from components.errors import BadSample
 from components.tokenizer import WordTokenizer
+from components.turns import Turn, parse_llava
 from tests.components.small_tokenizers import llama_tokenizer
 
 FEATURES, LIMIT = 576, 2048

@@ -12,11 +12,11 @@ import torch
 
 from components.batch import IGNORE_INDEX, IMAGE_TOKEN_ID, Batch
 from components.chat_template import TEMPLATES
-from components.conversation import Turn
 from components.data import InstructionData, LlavaConversations, Preparation, Sample, Source
 from components.errors import BadSample, RecipeError
 from components.images import decode, to_square
 from components.tokenizer import WordTokenizer
+from components.turns import Turn
 from tests.components.data.small_data import LAYOUT, TOKENIZER, opened, shapes
 from tests.components.small_tokenizers import chat_tokenizer
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from lightning.pytorch.trainer.states import TrainerFn
 
-from components.conversation import Turn
 from components.data import InstructionData, LlavaConversations, QuestionAnswers, Sample, ShapesWorld
 from components.errors import RecipeError
+from components.turns import Turn
 from tests.components.data.small_data import SHAPES, assert_equal_batches, opened, shapes
 
 

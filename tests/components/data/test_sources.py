@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from components.conversation import Turn
 from components.data import LlavaConversations, QuestionAnswers, ShapesWorld, Source
 from components.errors import BadSample, RecipeError
 from components.shapes_world import HELD_OUT_PAIRS, Setting
+from components.turns import Turn
 
 
 def random(seed: int = 0) -> np.random.Generator:

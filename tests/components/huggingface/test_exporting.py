@@ -93,6 +93,7 @@ def test_transformers_answers_as_ask_does(trained, tmp_path, capsys):
     assert capsys.readouterr().out.strip() == ours
 
 
+@pytest.mark.slow
 def test_an_export_can_be_imported_again(trained, tmp_path):
     """Even one whose tower lost the layers that no feature passes through."""
     assert main.main(["export", "--ckpt", str(trained), "--output", "first"]) == 0
@@ -104,7 +105,8 @@ def test_an_export_can_be_imported_again(trained, tmp_path):
     assert before.keys() == after.keys() and all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_rounded_exports_are_proven_with_rounded_weights(dtype, trained):
     assert main.main(["export", "--ckpt", str(trained), "--output", "out", "--dtype", dtype]) == 0
     assert {tensor.dtype for tensor in load_file("out/model.safetensors").values()} == {getattr(torch, dtype)}
@@ -115,7 +117,7 @@ def test_rounded_exports_are_proven_with_rounded_weights(dtype, trained):
     ("tensor", "check"),
     [
         ("multi_modal_projector.linear_2.bias", "logits"),
-        ("vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight", "features"),
+        pytest.param("vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight", "features", marks=pytest.mark.slow),
         pytest.param("language_model.model.layers.0.self_attn.o_proj.weight", "logits", marks=pytest.mark.slow),
     ],
 )
@@ -210,7 +212,7 @@ def test_the_number_format_is_that_of_the_run(trainer, stored, expected):
     ("changes", "sharded"),
     [
         ({"decoder": {"init_args": {"lora": {"rank": 2, "alpha": 8.0, "target_modules": "all-linear"}}}}, False),
-        ({"decoder": {"init_args": {"config": {"tie_word_embeddings": True}}}}, False),
+        pytest.param({"decoder": {"init_args": {"config": {"tie_word_embeddings": True}}}}, False, marks=pytest.mark.slow),
         ({"vision_tower": {"init_args": {"feature_layer": -1}}}, True),
         pytest.param({"vision_tower": {"init_args": {"config": {"quick_gelu": False}}}}, False, marks=pytest.mark.slow),
     ],
@@ -235,7 +237,7 @@ def test_a_siglip_tower():
     assert (config["vision_config"]["model_type"], config["vision_feature_select_strategy"]) == ("siglip_vision_model", "full")
 
 
-@pytest.mark.parametrize("template", ["plain", "llava_llama_2"])
+@pytest.mark.parametrize("template", ["plain", pytest.param("llava_llama_2", marks=pytest.mark.slow)])
 def test_other_templates(template, tmp_path):
     write_checkpoint(Path("runs/random"), MLP_MODEL, False)
     file = next(Path("runs/random").glob("checkpoints/*/recipe.yaml"))
