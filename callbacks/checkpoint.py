@@ -122,11 +122,9 @@ class Checkpoint(LightningCheckpoint):
             raise RecipeError(f"checkpoint.monitor = {self.monitor} is not a score of the validation. There are: {known}.")
         score = trainer.callback_metrics[self.monitor].item()
         run = Path(trainer.log_dir or ".")  # log_dir talks to all ranks
-        best = _read_best(run)
-        if best and best["monitor"] == self.monitor:
-            gain = score - best["score"]
-            if not (gain > 0 if self.mode == "max" else gain < 0):
-                return
+        # one rank decides: a file system may show the others an older best.json
+        if not trainer.strategy.broadcast(self._is_best(run, score)):
+            return
         self.save(trainer)
         if trainer.is_global_zero:
             file = run / CHECKPOINTS / BEST
@@ -135,6 +133,12 @@ class Checkpoint(LightningCheckpoint):
             os.replace(unfinished, file)
             self._delete_old(run)
         trainer.strategy.barrier("best checkpoint named")
+
+    def _is_best(self, run: Path, score: float) -> bool:
+        best = _read_best(run)
+        if best is None or best["monitor"] != self.monitor:
+            return True
+        return score > best["score"] if self.mode == "max" else score < best["score"]
 
     def _delete_old(self, run: Path) -> None:
         best = _read_best(run)

@@ -70,7 +70,7 @@ class Prediction(Callback):
         trainer.strategy.barrier("answers written")
 
     def _line(self, question: Question, answer: str) -> str:
-        row = {
+        row: dict[str, Any] = {
             "question_id": question.id,
             "image": question.images[0] if len(question.images) == 1 else list(question.images),
             "prompt": _asked(question),

@@ -1,13 +1,19 @@
 """`python main.py score`: a file of answers scored as a validation would score them, without a model."""
 
+import itertools
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from components import benchmarks
 from components.benchmarks import Benchmark
-from components.benchmarks.records import asked_and_answered, carries_questions, read_answers, read_record
+from components.benchmarks.benchmark import listed
+from components.benchmarks.records import is_of_validation, read_answers, read_record
 from components.benchmarks.report import Report
 from components.errors import RecipeError
+from components.recipe_files import hint
 
 BENCHMARKS = Path(__file__).parent.parent / "recipes" / "benchmark"
 
@@ -17,11 +23,11 @@ def score(benchmark: Benchmark, answers: Path, output: Path | None = None, parti
 
     Args:
         benchmark: The benchmark whose questions are answered.
-        answers: Answers of a validation (JSONL; it carries the questions, so the benchmark's own files are not opened), of the
-            predict command or of LLaVA (JSONL with question_id and text), a JSON list as GQA or VizWiz take it, or MME's folder
-            of results.
+        answers: Answers of a validation (JSONL with its record beside it; it carries the questions, so the benchmark's own files
+            are not opened), of the predict command or of LLaVA (JSONL with question_id and text), a JSON list as GQA or VizWiz
+            take it, or MME's folder of results.
         output: Folder for a record that `compare` reads; none is written without.
-        partial: Whether to score the questions that are answered, though others are not.
+        partial: Whether to score the questions that are answered, though others are not; a validation's answers are all there.
         name: Name of the benchmark in table and files.
 
     Returns:
@@ -32,19 +38,46 @@ def score(benchmark: Benchmark, answers: Path, output: Path | None = None, parti
     """
     if not answers.exists():
         raise RecipeError(f"--answers {answers} does not exist.")
-    if answers.is_file() and carries_questions(answers):
-        asked, given = asked_and_answered(answers)
-        record = answers.with_suffix(".json")
-        total = read_record(record).facts["questions"] if record.is_file() else len(asked)
-    else:
-        benchmark.setup(pictures=False)
-        given, asked = read_answers(answers, benchmark), benchmark.questions()
-        total = len(asked)
-        if partial:
-            asked = [question for question in asked if question.id in given]
-    report = Report(name, f"from {answers.name if answers.is_dir() else answers.stem}", benchmark, asked, given, total)
-    written = report.write(output, {"step": None, "answers": str(answers)}) if output is not None else None
-    return report.table() + (f"\nwritten: {written}\n" if written else "")
+    try:
+        report, known = (
+            _of_validation(benchmark, answers) if is_of_validation(answers) else (_of_file(benchmark, answers, partial), {})
+        )
+        report = replace(report, name=name)
+        if output is None:
+            return report.table()
+        written = report.write(
+            output, {key: known[key] for key in known.keys() - report.record().keys()} | {"answers": str(answers)}
+        )
+        return f"{report.table()}\nwritten: {written}\n"
+    except RecipeError as error:
+        raise RecipeError(f"--answers {answers}: {error}") from error
+
+
+def _of_validation(benchmark: Benchmark, answers: Path) -> tuple[Report, dict[str, Any]]:
+    record = read_record(answers)
+    stated = benchmark.stated()["class_path"]
+    if record.facts["benchmark"]["class_path"] != stated:
+        raise RecipeError(f"the record beside it is of {record.facts['benchmark']['class_path']}, not of {stated} (--benchmark).")
+    for key, value in (("prompt_hash", benchmark.prompt_hash()), ("split", benchmark.split)):
+        if record.facts[key] != value:
+            raise RecipeError(
+                f"the questions were asked with {key} {record.facts[key]}, not {value}; --benchmark cannot change that afterwards."
+            )
+    total = record.facts["questions"]
+    return Report("", f"from {answers.stem}", benchmark, record.asked, record.answers, total), record.facts
+
+
+def _of_file(benchmark: Benchmark, answers: Path, partial: bool) -> Report:
+    benchmark.setup(pictures=False)
+    given, asked = read_answers(answers, benchmark), benchmark.questions()
+    total = len(asked)
+    if partial:
+        asked = [question for question in asked if question.id in given]
+    elif given.keys() < {question.id for question in asked}:
+        missing = [question.id for question in asked if question.id not in given]
+        told = f"{len(missing)} of {total} questions have no answer: {listed(missing)}"
+        raise RecipeError(f"{told}. --partial true scores the others, and says so.")
+    return Report("", f"from {answers.name if answers.is_dir() else answers.stem}", benchmark, asked, given, total)
 
 
 def main(arguments: list[str]) -> int:
@@ -57,15 +90,26 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_subclass_arguments(Benchmark, "benchmark", required=True)
     parser.add_function_arguments(score, skip={"benchmark", "name"})
-    before = ["", *arguments[:-1]]
-    given = [_file(value) if option == "--benchmark" else value for option, value in zip(before, arguments, strict=True)]
-    options = parser.instantiate(parser.parse_args(given)).as_dict()
-    name = next((Path(value).stem for option, value in zip(before, given, strict=True) if option == "--benchmark"), "answers")
-    print(score(**options, name=name), end="")
+    parts = (argument.split("=", 1) if argument.startswith("--benchmark=") else [argument] for argument in arguments)
+    arguments, name = list(itertools.chain.from_iterable(parts)), ""
+    if "--benchmark" in arguments[:-1]:
+        place = arguments.index("--benchmark") + 1
+        arguments[place] = _file(arguments[place])
+        name = Path(arguments[place]).stem
+    print(score(**parser.instantiate(parser.parse_args(arguments)).as_dict(), name=name), end="")
     return 0
 
 
 def _file(name: str) -> str:
-    """A name of a file in recipes/benchmark/ as its path; anything else as it is."""
+    """A name of a file in recipes/benchmark/ as its path; a path or a class as it is.
+
+    Raises:
+        RecipeError: It is none of them.
+    """
     path = BENCHMARKS / f"{name}.yaml"
-    return str(path) if path.is_file() else name
+    if path.is_file():
+        return str(path)
+    if not Path(name).is_file() and not hasattr(benchmarks, name) and "." not in name:
+        known = sorted(file.stem for file in BENCHMARKS.glob("*.yaml"))
+        raise RecipeError(f"--benchmark {name} is no file in recipes/benchmark/, no path and no class.{hint(name, known)}")
+    return name

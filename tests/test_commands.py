@@ -63,7 +63,7 @@ def test_an_unknown_command(command: str, hint: str, told: Callable[[int], str])
     message = told(main.main([command]))
     assert f"'{command}' is not a command." in message
     assert hint in message
-    assert "fit, validate, ask" in message
+    assert "fit, validate, test, predict, score, compare, ask, " in message
 
 
 def test_a_command_without_a_recipe(told: Callable[[int], str]) -> None:

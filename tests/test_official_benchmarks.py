@@ -55,23 +55,23 @@ def test_scores_of_official_layouts_rise(
     """The start of the quickstart, in small batches: it learns to say words of the right kind, then the commonest of them."""
     monkeypatch.chdir(tmp_path)
     validation = write_all(tmp_path, gqa=12, mme=1, vizwiz=30, pope=3)
-    short = "--max_steps 60 --warmup.fraction 0.1 --validation.every_n_steps 60 --validation.at_start true --run short"
+    short = "--max_steps 40 --warmup.fraction 0.1 --validation.every_n_steps 40 --validation.at_start true --run short"
     short += " --data.global_batch_size 16 --validation.max_new_tokens 4"
     assert main.main([*QUICKSTART, "--validation", str(validation), *short.split()]) == 0
     run = tmp_path / "runs/short"
     for name, headline in HEADLINES.items():
         scores = series(run, f"{name}/{headline}")
-        assert [step for step, _ in scores] == [0, 60]
+        assert [step for step, _ in scores] == [0, 40]
         assert name not in RISES or scores[1][1] > scores[0][1], name
-        assert series(run, f"{name}/count")[1][1] == record(run, f"{name}_step_60")["metrics"]["count"]
+        assert series(run, f"{name}/count")[1][1] == record(run, f"{name}_step_40")["metrics"]["count"]
     shown = capsys.readouterr().out
-    assert "gqa at step 60: GQA testdev_balanced\n" in shown
+    assert "gqa at step 40: GQA testdev_balanced\n" in shown
     assert "consistency is not available: " in shown
-    kept = record(run, "mme_step_60")
+    kept = record(run, "mme_step_40")
     assert (kept["prompt"], kept["partial"], kept["metrics"]["count"]) == ("{question}", False, 28.0)
 
     # the same answers, scored without the model, and the difference between two steps
-    answers = [f"runs/short/validation/mme_step_{step}.jsonl" for step in (0, 60)]
+    answers = [f"runs/short/validation/mme_step_{step}.jsonl" for step in (0, 40)]
     score = ["score", "--benchmark", "components.benchmarks.MME", "--benchmark.folder", str(tmp_path / "mme"), "--answers"]
     assert main.main([*score, answers[1]]) == 0
     assert f"{kept['metrics']['perception']:.2f}" in capsys.readouterr().out

@@ -19,11 +19,10 @@ DROPOUT = {"lora": {"rank": 2, "alpha": 2.0, "dropout": 0.5, "target_modules": "
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_training_with_and_without_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+def test_training_with_and_without_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shared = {
-        "data": {"num_workers": workers, "global_batch_size": 8},
+        "data": {"num_workers": 1, "global_batch_size": 8},
         "model": {"decoder": {"init_args": DROPOUT}},  # draws random numbers at every step
         "trainer": {"callbacks": [{"class_path": "small_recipe.Diary"}], "accumulate_grad_batches": 2},
     }

@@ -13,9 +13,10 @@ import numpy as np
 
 from components.benchmarks.normalization import short
 from components.benchmarks.tally import Tally, Totals, ratio, tally
+from components.chat_template import IMAGE_PLACEHOLDER
 from components.errors import RecipeError
 
-_SEED = 0  # the same questions are drawn at every step
+SEED = 0  # the same questions are drawn at every step
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Benchmark(ABC):
     split = ""
     """Which part of the benchmark is asked."""
     prompts_repeat = True
-    """Whether many questions share a prompt; where they do not, the best answers without pictures are the answers themselves."""
+    """Whether prompts are shared by so many questions that the best answers without pictures tell what prompts give away."""
     prompt = "{question}"
     """What is asked, with the question at its place."""
 
@@ -140,11 +141,19 @@ class Benchmark(ABC):
         """Metrics that the questions (all, if none are given) and the files at hand do not allow, each with the reason."""
         return {}
 
+    def remarks(self, metrics: Mapping[str, float]) -> list[str]:
+        """What a reader of these metrics must know."""
+        return []
+
     def upload(self, answers: Mapping[str, str]) -> Any:
         """What the benchmark's server takes, as JSON has it; None where there is no server."""
         return None
 
     # --- which questions, and whose answers
+
+    def filled(self, text: str) -> str:
+        """The prompt about one picture with a question in its place."""
+        return f"{IMAGE_PLACEHOLDER}\n{self.prompt.replace('{question}', text)}"
 
     def draw(self, limit: int | None) -> list[Question]:
         """At most `limit` of the questions, in their order; the same ones at every step.
@@ -154,6 +163,10 @@ class Benchmark(ABC):
         """
         questions = self.questions()
         return questions if limit is None else sampled(questions, limit)
+
+    def unscored(self) -> set[str]:
+        """Ids of questions that the files hold but that are not scored: answers to them in a file are left out."""
+        return set()
 
     def question_id(self, row: Mapping[str, Any]) -> str:
         """The id of the question that a row of an answer file answers, from whatever names it there."""
@@ -187,7 +200,7 @@ class Benchmark(ABC):
 
 def sampled(questions: list[Question], limit: int) -> list[Question]:
     """At most `limit` of the questions, in their order; the same ones at every step."""
-    return [questions[i] for i in np.sort(np.random.default_rng(_SEED).permutation(len(questions))[:limit])]
+    return [questions[i] for i in np.sort(np.random.default_rng(SEED).permutation(len(questions))[:limit])]
 
 
 def unit(question: Question) -> str:
@@ -202,13 +215,13 @@ def demand_same_ids(where: str, asked: Sequence[Question], answers: Mapping[str,
         RecipeError: It is not so; the message names the ids.
     """
     ids = {question.id for question in asked}
-    if not ids:
-        raise RecipeError(f"{where}: there are no questions, so there is no score.")
     if unknown := [name for name in answers if name not in ids]:
         counted = f"{len(unknown)} of {len(answers)} answers"
         raise RecipeError(f"{where}: {counted} are to questions that were not asked: {listed(unknown)}.")
     if missing := [name for name in ids if name not in answers]:
         raise RecipeError(f"{where}: {len(missing)} of {len(ids)} questions have no answer: {listed(missing)}.")
+    if not ids:
+        raise RecipeError(f"{where}: there are no questions, so there is no score.")
 
 
 def demand_place(prompt: str) -> None:

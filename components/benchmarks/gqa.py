@@ -14,8 +14,8 @@ from typing import Any
 
 from components.benchmarks.benchmark import Benchmark, Question, demand_place, sampled, unit
 from components.benchmarks.files import demand_folder, demand_pictures, read_json, read_picture
+from components.benchmarks.normalization import NORMALIZERS, Normalizer
 from components.benchmarks.tally import Tally, Totals, ratio, tally
-from components.chat_template import IMAGE_PLACEHOLDER
 from components.errors import BadSample, RecipeError
 
 _REMEDY = "Get questions1.2.zip and images.zip from cs.stanford.edu/people/dorarad/gqa and unpack both into the folder."
@@ -27,10 +27,10 @@ _CHOICES = {"validity": "valid", "plausibility": "plausible"}
 class GQA(Benchmark):
     """GQA's files in, its balanced questions out; an answer is right if it equals GQA's.
 
-    Periods at the end and letter case of an answer do not count; everything else does. `accuracy` and its parts are over balanced
-    questions. Unbalanced ones are asked where a balanced one entails them and the split holds them: `consistency` is the accuracy
-    on what right answers entail. `validity` and `plausibility` need `TIER_choices.json` (TIER as in `val_balanced`) in the folder
-    or one folder below. `distribution` (chi-square / 100, from 0, lower is better) compares how often answers are given.
+    `accuracy` and its parts, from 0 to 1, are over balanced questions. Unbalanced ones are asked where a balanced one entails them
+    and the split holds them: `consistency` is the accuracy on what right answers entail. `validity` and `plausibility` need the
+    choices (`val_choices.json` for splits of val) in the folder or one folder below. `distribution` (chi-square / 100, from 0,
+    lower is better) compares how often answers are given.
 
     Args:
         folder: Holds `SPLIT_questions.json`, or chunks `SPLIT_questions/SPLIT_questions_0.json` and so on, itself or one folder
@@ -38,6 +38,8 @@ class GQA(Benchmark):
         split: `testdev_balanced`, `val_balanced`, `val_all`, ...: any whose answers are public.
         prompt: What is asked, with `{question}` where the question goes.
         images: Folder of the pictures, `IMAGE_ID.jpg`; null for `images` in the folder or one folder below.
+        normalizer: Which differences of the model's answer do not count: `gqa` as LLaVA-1.5 prepares answers for eval.py, `none` as
+            eval.py takes them, `short`, `vqa_v2`, `vizwiz` or `evalai`. GQA's answers are taken as they are.
 
     Raises:
         RecipeError: File, folder or pictures are missing or malformed, or no question is balanced.
@@ -51,12 +53,15 @@ class GQA(Benchmark):
         split: str = "testdev_balanced",
         prompt: str = "{question}\nAnswer the question using a single word or phrase.",
         images: str | None = None,
+        normalizer: Normalizer = "gqa",
     ) -> None:
         demand_place(prompt)
         self.folder = folder
         self.split = split
         self.prompt = prompt
         self.images = images
+        self.normalizer = normalizer
+        self._unscored: set[str] = set()
         self._questions: list[Question] = []
         self._choices: dict[str, dict[str, list[str]]] = {}
 
@@ -69,6 +74,7 @@ class GQA(Benchmark):
         found = {name: self._question(path, name, entry) for path in files for name, entry in _by_id(path).items()}
         needed = {name for question in found.values() if question.facts["balanced"] for name in question.facts["entailed"]}
         self._questions = [question for question in found.values() if question.facts["balanced"] or question.id in needed]
+        self._unscored = found.keys() - {question.id for question in self._questions}
         if not self._questions:
             raise RecipeError(f"{files[0]}: none of {len(found)} questions is balanced, so none is scored. Change split.")
         self._choices = self._read_choices()
@@ -80,6 +86,10 @@ class GQA(Benchmark):
     def questions(self) -> list[Question]:
         """The balanced questions and what they entail, in the order of the file."""
         return self._questions
+
+    def unscored(self) -> set[str]:
+        """Unbalanced questions that no balanced one entails: official files of predictions may answer them."""
+        return self._unscored
 
     def draw(self, limit: int | None) -> list[Question]:
         """At most `limit`, of the balanced questions alone: the others count in consistency only, which needs all of them."""
@@ -126,12 +136,13 @@ class GQA(Benchmark):
                 "global": _need(entry, str | None, "groups", "global"),
                 "entailed": [str(other) for other in _need(entry, list, "entailed") if str(other) != name],
             }
-            prompt = f"{IMAGE_PLACEHOLDER}\n{self.prompt.replace('{question}', text)}"
             images = (f"{_need(entry, str, 'imageId')}.jpg",)
-            return Question(name, prompt, images, _need(entry, str, "answer"), _need(entry, str, "types", "structural"), facts)
+            return Question(
+                name, self.filled(text), images, _need(entry, str, "answer"), _need(entry, str, "types", "structural"), facts
+            )
         except BadSample as error:
             raise RecipeError(
-                f"{path}, question {name}: {error} Choose a split with public answers (key split). {_REMEDY}"
+                f"{path}, question {name}: {error} The file is no split with answers (key split), or is damaged. {_REMEDY}"
             ) from error
 
     def _read_choices(self) -> dict[str, dict[str, list[str]]]:
@@ -153,8 +164,8 @@ class GQA(Benchmark):
     # --- what answers are worth
 
     def normalize(self, answer: str) -> str:
-        """Without periods at the end, in lower case; spaces stay."""
-        return answer.rstrip(".").lower()
+        """As the recipe's `normalizer` does."""
+        return NORMALIZERS[self.normalizer](answer)
 
     def worth(self, question: Question) -> Mapping[str, float]:
         """GQA's answer as it is written."""

@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from components.benchmarks.benchmark import Benchmark, Question, demand_place, listed, unit
+from components.benchmarks.benchmark import SEED, Benchmark, Question, demand_place, listed, unit
 from components.benchmarks.files import demand_folder, read_picture
 from components.benchmarks.tally import Tally, Totals, ratio, tally
-from components.chat_template import IMAGE_PLACEHOLDER
 from components.errors import RecipeError
 
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
@@ -24,8 +23,8 @@ SUBTASKS = PERCEPTION + COGNITION
 
 _PROMPT = "{question}\nAnswer the question using a single word or phrase."
 _INSTRUCTION = "Please answer yes or no."
+_RELEASED = 2374
 _SUFFIXES = {".jpg", ".jpeg", ".png"}
-_SEED = 0  # the same pictures are drawn at every step
 _GET = (
     "Get MME_Benchmark_release_version from the Hugging Face dataset darkyarding/MME and unpack it: a folder for each of the 14 "
     "subtasks, with pictures and question files (.txt) side by side or in images/ and questions_answers_YN/ (key folder)."
@@ -56,6 +55,7 @@ class MME(Benchmark):
         demand_place(prompt)
         self.folder = folder
         self.prompt = prompt
+        self._questions: list[Question] = []
 
     def setup(self, pictures: bool = True) -> None:
         """Read every question and look for every picture."""
@@ -74,7 +74,7 @@ class MME(Benchmark):
             for image, pair in sorted(pairs.items()):
                 for number, (text, truth) in enumerate(pair, start=1):
                     name = f"{subtask}/{image}"
-                    prompt = f"{IMAGE_PLACEHOLDER}\n{self.prompt.replace('{question}', _bare(text))}"
+                    prompt = self.filled(_bare(text))
                     self._questions.append(Question(f"{name}#{number}", prompt, (name,), truth, subtask, {"question": text}))
         self._ids = {_key(q.images[0], _asked_by_llava(q.facts["question"])): q.id for q in self._questions}
 
@@ -87,8 +87,9 @@ class MME(Benchmark):
         return read_picture(self._pictures[name])
 
     def describe(self) -> str:
-        """The folder."""
-        return f"MME in {self.folder}"
+        """The folder, and whether it holds all of the release."""
+        found = len(self._questions)
+        return f"MME in {self.folder}" + (f"; {found:,} questions instead of {_RELEASED:,}" if found != _RELEASED else "")
 
     def normalize(self, answer: str) -> str:
         """`yes`, `no` or `other`, from the first four characters: `snow` is no, `I say yes` is other."""
@@ -145,7 +146,7 @@ class MME(Benchmark):
         images: dict[str, list[str]] = defaultdict(list)
         for question in questions[::2]:
             images[question.group].append(unit(question))
-        random = np.random.default_rng(_SEED)
+        random = np.random.default_rng(SEED)
         turns = [
             (turn, i, image) for i, names in enumerate(images.values()) for turn, image in enumerate(random.permutation(names))
         ]
@@ -170,17 +171,15 @@ class MME(Benchmark):
         Raises:
             RecipeError: A file is missing, a line has another form or answers no question, or a question is answered twice.
         """
-        demand_folder(folder, "Name the folder of the 14 result files.")
-        _demand_subtasks(folder, ".txt")
+        _demand_subtasks(folder, ".txt", "Name the folder of the 14 result files, <subtask>.txt.")
         answers: dict[str, str] = {}
         for subtask in SUBTASKS:
             for where, (image, text, _, answer) in _rows(folder / f"{subtask}.txt", (4,)):
                 found = self._ids.get(_key(f"{subtask}/{image}", _asked_by_llava(text)))
                 if found is None:
                     raise RecipeError(f"{where}: {self.describe()} has no question {text!r} about {subtask}/{image}.")
-                if found in answers:
-                    raise RecipeError(f"{where}: {found} is answered already. Keep one of the lines.")
-                answers[found] = answer
+                if answers.setdefault(found, answer) != answer:
+                    raise RecipeError(f"{where}: {found} is answered already, and differently. Keep one of the lines.")
         return answers
 
     def _pairs_of_folder(self, folder: Path, pictures: bool) -> dict[str, list[tuple[str, str]]]:
@@ -213,11 +212,11 @@ def _visible(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
-def _demand_subtasks(root: Path, suffix: str) -> None:
+def _demand_subtasks(root: Path, suffix: str, remedy: str = _GET) -> None:
     missing = [f"{subtask}{suffix}" for subtask in SUBTASKS if not (root / f"{subtask}{suffix}").exists()]
     if missing:
         found = ", ".join(path.name for path in _visible(root) if path.is_dir() or path.suffix == ".txt")
-        raise RecipeError(f"{root} lacks {', '.join(missing)}. It holds {found or 'no folders and no .txt files'}. {_GET}")
+        raise RecipeError(f"{root} lacks {', '.join(missing)}. It holds {found or 'no folders and no .txt files'}. {remedy}")
 
 
 def _pairs_of_file(file: Path) -> dict[str, list[tuple[str, str]]]:

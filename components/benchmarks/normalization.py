@@ -85,8 +85,14 @@ def _as_vqa(answer: str, contractions: Mapping[str, str]) -> str:
     return " ".join(contractions.get(word, word) for word in words if word not in _ARTICLES)
 
 
-Normalizer = Literal["short", "gqa", "vqa_v2", "vizwiz", "evalai"]
+def none(answer: str) -> str:
+    """Everything counts."""
+    return answer
+
+
+Normalizer = Literal["none", "short", "gqa", "vqa_v2", "vizwiz", "evalai"]
 NORMALIZERS: dict[str, Callable[[str], str]] = {
+    "none": none,
     "short": short,
     "gqa": gqa,
     "vqa_v2": vqa_v2,

@@ -5,6 +5,7 @@ RUCAIBox/POPE (commit e3e3926); prompts and answer files of LLaVA-1.5 (haotian-l
 Differs: labels are found by question id, not by position; precision, recall and F1 are 0 where the official script divides by 0.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,6 @@ from components.annotations import Annotations
 from components.benchmarks.benchmark import Benchmark, Question, demand_place, unit
 from components.benchmarks.files import demand_folder, demand_pictures, read_picture
 from components.benchmarks.tally import Tally, Totals, ratio, tally
-from components.chat_template import IMAGE_PLACEHOLDER
 from components.errors import RecipeError
 
 Split = Literal["random", "popular", "adversarial"]
@@ -21,7 +21,7 @@ Split = Literal["random", "popular", "adversarial"]
 _PROMPT = "{question}\nAnswer the question using a single word or phrase."
 _MERGED = ("adversarial", "random", "popular")  # LLaVA asks all splits in one file: ids from 1, from 10000001, from 20000001
 _MERGED_STEP = 10_000_000
-_LLAVA_RANDOM = 2910  # questions of split random in the release that LLaVA-1.5 uses; later ones have 3,000 and other questions
+_LLAVA_COUNTS = {"random": 2910, "popular": 3000, "adversarial": 3000}  # later releases have 3,000 and other questions in random
 _METRICS = ("f1", "accuracy", "precision", "recall", "yes_ratio")
 _GET = (
     "Get the label files coco_pope_<split>.json from output/coco of github.com/RUCAIBox/POPE, all at commit e3e3926 (key folder), "
@@ -44,7 +44,6 @@ class POPE(Benchmark):
         RecipeError: A file, a folder or pictures are missing, a record has another form, or an id occurs twice.
     """
 
-    prompts_repeat = False
     headline = "f1"
     by_group = "f1"
 
@@ -65,10 +64,9 @@ class POPE(Benchmark):
         """Read every question and look for every picture."""
         demand_folder(Path(self.folder), _GET)
         self._by_id = {question.id: question for split in self.splits for question in self._read(split)}
-        if "random" in self.splits:
-            count = sum(question.group == "random" for question in self._by_id.values())
-            which = "the release that" if count == _LLAVA_RANDOM else "not the release that"
-            self._release = f"; random has {count:,} questions, {which} LLaVA-1.5 uses"
+        counts = Counter(question.group for question in self._by_id.values())
+        if other := [f"{split} has {counts[split]:,} questions" for split in self.splits if counts[split] != _LLAVA_COUNTS[split]]:
+            self._release = f"; not the release that LLaVA-1.5 uses: {', '.join(other)}"
         if pictures:
             demand_folder(Path(self.images), _GET)
             demand_pictures(Path(self.images), (name for question in self.questions() for name in question.images), _GET)
@@ -114,6 +112,11 @@ class POPE(Benchmark):
             metrics[f"yes_ratio/{split}"] = ratio(tp + fp, count)
         return metrics | {name: sum(metrics[f"{name}/{split}"] for split in splits) / len(splits) for name in _METRICS}
 
+    def remarks(self, metrics: Mapping[str, float]) -> list[str]:
+        """Where the official script would divide by zero."""
+        splits = [split for split in self.splits if metrics.get(f"yes_ratio/{split}") == 0]
+        return [f"no answer to split {split} is yes: its precision and F1 are 0 by definition." for split in splits]
+
     def question_id(self, row: Mapping[str, Any]) -> str:
         """Our id `<split>/<number>`, or that of LLaVA's merged question file, whose text (`prompt`) must be ours."""
         if "id" in row:
@@ -121,7 +124,7 @@ class POPE(Benchmark):
         shown = str(dict(row))[:200]
         try:
             split, number = divmod(int(row["question_id"]), _MERGED_STEP)
-            question = self._by_id[f"{_MERGED[split]}/{number}"]
+            question = self._by_id[f"{_MERGED[max(split, 0)]}/{number if split >= 0 else 'none'}"]
         except (KeyError, IndexError, ValueError, TypeError) as error:
             raise RecipeError(
                 f"{self.describe()} has no question for the row {shown}. A row gives our `id`, or the `question_id` of LLaVA's "
@@ -148,6 +151,5 @@ class POPE(Benchmark):
             name = f"{split}/{number}"
             if name in questions:
                 raise RecipeError(f"{records.where(index)}: question_id {number} occurs twice. {_GET}")
-            prompt = f"{IMAGE_PLACEHOLDER}\n{self.prompt.replace('{question}', text)}"
-            questions[name] = Question(name, prompt, (image,), label, split, {"question": text})
+            questions[name] = Question(name, self.filled(text), (image,), label, split, {"question": text})
         return list(questions.values())

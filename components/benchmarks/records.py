@@ -64,9 +64,9 @@ def rebuilt(stated: dict[str, Any], where: Path) -> Benchmark:
         raise RecipeError(f"{where}: its benchmark cannot be made again: {error}") from error
 
 
-def carries_questions(path: Path) -> bool:
+def is_of_validation(path: Path) -> bool:
     """Whether an answer file holds the questions too, as those of a validation do."""
-    return path.suffix == ".jsonl" and {"id", "prompt", "images", "reference", "answer"} <= Annotations(path)[0].keys()
+    return path.is_file() and {"id", "prompt", "images", "reference", "facts", "answer"} <= Annotations(path)[0].keys()
 
 
 def asked_and_answered(path: Path) -> tuple[list[Question], dict[str, str]]:
@@ -99,16 +99,20 @@ def read_answers(path: Path, benchmark: Benchmark) -> dict[str, str]:
     """
     if path.is_dir():
         return benchmark.read_results(path)
-    answers, records = _Answers(path), Annotations(path)
+    answers, records, unscored = _Answers(path), Annotations(path), benchmark.unscored()
     for index, row in enumerate(records):
         text = next((row[key] for key in _TEXTS if isinstance(row.get(key), str)), None)
         if text is None:
             raise RecipeError(f"{records.where(index)} has no text under {', '.join(_TEXTS)}.")
         try:
-            answers.add(benchmark.question_id(row), text)
+            name = benchmark.question_id(row)
         except (StopIteration, KeyError) as error:
             told = f"it has {', '.join(row)}"
             raise RecipeError(f"{records.where(index)} does not say which question of the benchmark it answers: {told}.") from error
+        except RecipeError as error:
+            raise RecipeError(f"{records.where(index)}: {error}") from error
+        if name not in unscored:
+            answers.add(name, text)
     return answers.finished()
 
 

@@ -92,8 +92,7 @@ class Report:
         ]
         whole = [name for name in self.metrics if "/" not in name and name != "count"]
         scored = int(counted.get("questions", len(self.asked)))
-        headline = self.benchmark.headline
-        return rows + [("all" if name == kind else name, name, scored if name == headline else None) for name in whole]
+        return rows + [("all" if name == kind else name, name, scored if name == kind else None) for name in whole]
 
     def logged(self) -> dict[str, float]:
         """Every shown metric and the count by its tag."""
@@ -132,7 +131,7 @@ class Report:
         """The title and the table, for the console."""
         lines = [self.title, *aligned(self.cells())]
         lines += [f"{metric} is not available: {reason}" for metric, reason in self.benchmark.not_available(self.asked).items()]
-        return "\n".join(lines) + "\n"
+        return "\n".join([*lines, *self.benchmark.remarks(self.metrics)]) + "\n"
 
     def worst(self) -> list[tuple[str, str, int | None]]:
         """The groups with the lowest scores, lowest first."""
@@ -183,6 +182,7 @@ class Report:
             "questions": self.total,
             "headline": {headline: self.metrics[headline]} if headline else {},
             "metrics": self.metrics,
+            "remarks": benchmark.remarks(self.metrics),
             "not_available": benchmark.not_available(self.asked),
             "intervals": self.intervals,
             "interval_kind": f"{CONFIDENCE:.0%} percentile bootstrap over pictures, {RESAMPLES} resamples",

@@ -25,7 +25,7 @@ class ShortAnswer(Benchmark):
         images: Folder that picture names are relative to.
         prompt: What is asked, with `{question}` where the text of a record goes. Conversations are asked as they are.
         normalizer: Which differences do not count: `short` (spaces around the answer, letter case, one period at its end),
-            `vqa_v2`, `vizwiz`, `evalai` or `gqa`.
+            `vqa_v2`, `vizwiz`, `evalai`, `gqa` or `none`.
 
     Raises:
         RecipeError: File, folder or pictures are missing, a record has another form, or an id occurs twice.
@@ -93,6 +93,8 @@ class ShortAnswer(Benchmark):
 
     def _question(self, record: dict[str, Any], number: int) -> Question:
         if "conversations" in record:
+            if self.prompt != ShortAnswer.prompt:
+                raise BadSample("conversations are asked as they are: `prompt` has no effect on them. Leave it out.")
             turns, images = parse_llava(record)
             if [turn.role for turn in turns] != ["user", "assistant"]:
                 raise BadSample(f"a benchmark needs one question and one answer, but the conversation has {len(turns)} turns.")
@@ -104,7 +106,7 @@ class ShortAnswer(Benchmark):
                     "or LLaVA's `conversations`."
                 )
             name, group, images = "question_id", "category", [record["image"]]
-            prompt = f"{IMAGE_PLACEHOLDER}\n{self.prompt.replace('{question}', record['text'])}"
+            prompt = self.filled(record["text"])
             reference = record.get("answer", "")
         if not isinstance(record.get(group, ""), str):
             raise BadSample(f"`{group}` must be a text; it is {str(record[group])[:80]}.")

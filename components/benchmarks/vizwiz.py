@@ -18,7 +18,6 @@ from components.benchmarks.benchmark import Benchmark, Question, demand_place, u
 from components.benchmarks.files import demand_folder, demand_pictures, read_json, read_picture
 from components.benchmarks.normalization import NORMALIZERS, Normalizer, evalai
 from components.benchmarks.tally import Tally, Totals, ratio, tally
-from components.chat_template import IMAGE_PLACEHOLDER
 from components.errors import RecipeError
 
 PROMPT = (
@@ -35,8 +34,9 @@ _ANSWERED = {"answers": list, "answer_type": str, "answerable": int}
 class VizWiz(Benchmark):
     """The distributed annotations and pictures in, one question for each picture out; scored by agreement with the crowd.
 
-    `accuracy` is the mean over the crowd of min(1, others who gave this answer / 3). `answerability_ap` and `answerability_f1` are
-    average precision and F1 of finding the questions that cannot be answered. The types of answer are the groups.
+    `accuracy`, from 0 to 1, is the mean over the crowd of min(1, others who gave this answer / 3). `answerability_ap` and
+    `answerability_f1` are average precision and F1 of finding the questions that cannot be answered. The types of answer are the
+    groups.
 
     Args:
         folder: Folder with `train.json`, `val.json` or `test.json`, directly or in `Annotations/`, and with the pictures, directly
@@ -46,7 +46,7 @@ class VizWiz(Benchmark):
             points.
         capitalize: Whether the first letter of a question, and no other, is made a capital, as LLaVA-1.5 does.
         normalizer: Which differences of the model's answer do not count: `vizwiz` as in the official score, `vqa_v2`, `evalai`,
-            `gqa` or `short`. The crowd's answers are taken as they are.
+            `gqa`, `short` or `none`. The crowd's answers are taken as they are. The file for the server is always made by `evalai`.
 
     Raises:
         RecipeError: The prompt has no place for the question, files or pictures are missing, or an entry is malformed or repeated.
@@ -199,7 +199,7 @@ class VizWiz(Benchmark):
         if wrong := [key for key, kind in form.items() if not isinstance(entry, dict) or not isinstance(entry.get(key), kind)]:
             raise RecipeError(f"{where}: {', '.join(wrong)} missing or of another type. Unpack Annotations.zip of {_SITE} again.")
         image, asked = entry["image"], entry["question"].capitalize() if self.capitalize else entry["question"]
-        prompt = f"{IMAGE_PLACEHOLDER}\n{self.prompt.replace('{question}', asked)}"
+        prompt = self.filled(asked)
         if self.split == "test":
             return Question(image, prompt, (image,))
         texts = [answer.get("answer") if isinstance(answer, dict) else None for answer in entry["answers"]]

@@ -7,6 +7,7 @@ from functools import cache
 import pytest
 
 from components.benchmarks.gqa import GQA
+from components.benchmarks.records import read_answers
 
 DETAIL = {
     "structural type": "/structural.",
@@ -16,15 +17,8 @@ DETAIL = {
 }
 
 
-class AsIs(GQA):
-    """Without LLaVA's rule: what eval.py makes of the answers themselves."""
-
-    def normalize(self, answer):
-        return answer
-
-
-def opened(folder, split, kind=GQA):
-    benchmark = kind(str(folder), split)
+def opened(folder, split, normalizer="gqa"):
+    benchmark = GQA(str(folder), split, normalizer=normalizer)
     benchmark.setup(pictures=False)
     return benchmark
 
@@ -33,18 +27,6 @@ def opened(folder, split, kind=GQA):
 def stored(golden, split):
     """Golden questions, read once."""
     return opened(golden / "gqa", split)
-
-
-def predictions(path, benchmark):
-    """Official predictions of the questions that are asked."""
-    ids = {question.id for question in benchmark.questions()}
-    rows = ((benchmark.question_id(row), row["prediction"]) for row in json.loads(path.read_text()))
-    return {name: text for name, text in rows if name in ids}
-
-
-def llava_answers(path, benchmark):
-    rows = (json.loads(line) for line in path.read_text().splitlines())
-    return {benchmark.question_id(row): row["text"] for row in rows}
 
 
 # --- the official scorer
@@ -76,9 +58,9 @@ def assert_as_official(benchmark, answers, official):
 def test_llava_13b_scores_as_with_eval_py(golden, source):
     benchmark, official = stored(golden, "ood_testdev_head"), expected(golden, "ood_testdev_head llava-v1.5-13b")
     if source == "llava":
-        answers = llava_answers(golden / "gqa/ood_testdev_head_llava-v1.5-13b_answers.jsonl", benchmark)
+        answers = read_answers(golden / "gqa/ood_testdev_head_llava-v1.5-13b_answers.jsonl", benchmark)
     else:
-        answers = predictions(golden / "gqa/ood_testdev_head_predictions.json", benchmark)
+        answers = read_answers(golden / "gqa/ood_testdev_head_predictions.json", benchmark)
     scores, totals = assert_as_official(benchmark, answers, official)
     assert (totals["credit"], totals["questions"]) == (official["correct"], official["n"])
     assert abs(100 * scores["accuracy"] - official["accuracy_unrounded"]) < 1e-9
@@ -88,16 +70,16 @@ def test_llava_13b_scores_as_with_eval_py(golden, source):
 
 def test_our_rule_is_llavas_and_without_lower_case_nothing_is_right(golden):
     benchmark = stored(golden, "ood_testdev_head")
-    raw = llava_answers(golden / "gqa/ood_testdev_head_llava-v1.5-13b_answers.jsonl", benchmark)
-    official = predictions(golden / "gqa/ood_testdev_head_predictions.json", benchmark)
+    raw = read_answers(golden / "gqa/ood_testdev_head_llava-v1.5-13b_answers.jsonl", benchmark)
+    official = read_answers(golden / "gqa/ood_testdev_head_predictions.json", benchmark)
     assert {name: benchmark.normalize(text) for name, text in raw.items()} == official
     trap = expected(golden, "ood_testdev_head llava-v1.5-13b")["other_postprocessing_for_information"]["raw text, no lower-casing"]
-    assert AsIs("").score(raw, benchmark.questions())["accuracy"] == trap == 0.0
+    assert GQA("", normalizer="none").score(raw, benchmark.questions())["accuracy"] == trap == 0.0
 
 
 def test_consistency_as_with_eval_py(golden):
     benchmark, official = stored(golden, "consistency_head"), expected(golden, "consistency_head (--consistency)")
-    answers = predictions(golden / "gqa/consistency_head_predictions.json", benchmark)
+    answers = read_answers(golden / "gqa/consistency_head_predictions.json", benchmark)
     assert "consistency" not in benchmark.not_available()
     scores, _ = assert_as_official(benchmark, answers, official)
     assert sum(bool(question.facts["entailed"]) for question in benchmark.questions()) == official["n_with_entailed_inside"]
@@ -105,12 +87,12 @@ def test_consistency_as_with_eval_py(golden):
 
 
 @pytest.mark.parametrize(
-    ("kind", "file", "key"),
-    [(AsIs, "as_is", "as_is"), (GQA, "as_is", "llava_converted"), (GQA, "llava_converted", "llava_converted")],
+    ("normalizer", "file", "key"),
+    [("none", "as_is", "as_is"), ("gqa", "as_is", "llava_converted"), ("gqa", "llava_converted", "llava_converted")],
 )
-def test_edge_cases_as_with_eval_py(golden, kind, file, key):
-    benchmark, official = opened(golden / "gqa", "edge", kind), expected(golden, f"edge ({key})")
-    answers = predictions(golden / f"gqa/edge_predictions_{file}.json", benchmark)
+def test_edge_cases_as_with_eval_py(golden, normalizer, file, key):
+    benchmark, official = opened(golden / "gqa", "edge", normalizer), expected(golden, f"edge ({key})")
+    answers = read_answers(golden / f"gqa/edge_predictions_{file}.json", benchmark)
     asked = benchmark.questions()
     assert [question.id for question in asked] == list(official["per_question_correct"])  # the two unbalanced ones are not asked
     for question in asked:

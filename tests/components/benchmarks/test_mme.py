@@ -151,7 +151,7 @@ def test_questions_of_the_release(tmp_path):
     assert [made.worth(by_id[f"code_reasoning/0000.png#{number}"]) for number in (1, 2)] == [{"yes": 1.0}, {"no": 1.0}]
     assert made.read_image("artwork/0001.jpg") == b"artwork 0001"
     assert made.read_image("code_reasoning/0000.png") == b"code_reasoning 0000"
-    assert made.describe() == f"MME in {tmp_path}"
+    assert made.describe() == f"MME in {tmp_path}; 56 questions instead of 2,374"
 
 
 def test_scores_by_hand(made):

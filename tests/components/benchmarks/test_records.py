@@ -197,6 +197,28 @@ def test_a_part_is_scored_when_told_to_and_called_so(files: Path, capsys: pytest
     assert told(*arguments, capsys=capsys)[1].startswith("own_partial from own_partial_step_7: 20 of 60 questions, ")
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            ["pope"],
+            "the record beside it is of components.benchmarks.short_answer.ShortAnswer, not of components.benchmarks.pope.POPE",
+        ),
+        (["own.yaml", "--benchmark.prompt", "{question}!"], "the questions were asked with prompt_hash e4757ba4, not "),
+    ],
+)
+def test_answers_of_a_validation_are_scored_as_what_they_are(files, options, words, capsys) -> None:
+    path = recorded("a", wrong_in({0}))
+    arguments = ["score", "--benchmark", *options, "--answers", str(path.with_suffix(".jsonl"))]
+    code, shown = told(*arguments, capsys=capsys)
+    assert code == 2 and words in shown
+    code, shown = told("score", "--benchmark", "own.yaml", "--answers", arguments[-1], "--output", "again", capsys=capsys)
+    assert code == 0
+    again = json.loads(Path("again/own_own_step_7.json").read_text())
+    assert (again["step"], again["template"], again["answers"]) == (7, "a", arguments[-1])
+    assert again["metrics"] == json.loads(path.read_text())["metrics"]
+
+
 def test_what_is_no_record_and_no_answer_file(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = recorded("a", wrong_in({0}))
     arguments = ["score", "--benchmark", "own.yaml", "--answers"]

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from components.benchmarks import Question, ShortAnswer, text_only_best
+from components.benchmarks.report import Report
 from components.errors import RecipeError
 
 
@@ -88,6 +89,28 @@ def test_a_picture_that_vanishes_is_named(tmp_path):
         made.read_image("a.png")
 
 
+def test_the_recipe_says_which_differences_count(tmp_path):
+    file = tmp_path / "eval.jsonl"
+    file.write_text(json.dumps(row(answer="Two dogs.")) + "\n")
+    for normalizer, scores in {"none": (0, 0), "short": (1, 0), "gqa": (1, 0), "vqa_v2": (1, 1), "evalai": (1, 1)}.items():
+        made = ShortAnswer(str(file), str(tmp_path), normalizer=normalizer)
+        made.setup(pictures=False)
+        assert tuple(made.score({"1": answer})["accuracy"] for answer in ("two dogs", "the 2 dogs")) == scores, normalizer
+
+
+def test_the_recipe_says_what_is_asked(tmp_path):
+    file = tmp_path / "eval.jsonl"
+    file.write_text(json.dumps(row()) + "\n")
+    made = ShortAnswer(str(file), str(tmp_path), prompt="{question}\nBe brief.")
+    made.setup(pictures=False)
+    assert made.questions()[0].prompt == "<image>\nhow many\nBe brief."
+    with pytest.raises(RecipeError, match="asks nothing: write {question}"):
+        ShortAnswer(str(file), str(tmp_path), prompt="Be brief.")
+    file.write_text(json.dumps(llava()) + "\n")
+    with pytest.raises(RecipeError, match="line 1: conversations are asked as they are: `prompt` has no effect"):
+        made.setup(pictures=False)
+
+
 def test_constructing_opens_nothing():
     ShortAnswer("no such file", "no such folder")
 
@@ -99,7 +122,24 @@ def test_real_pictures_and_what_their_questions_give_away(realdata):
     assert len(counting.questions()) == 1980
     # counted from the file with other code: the majority of its own answers
     assert counting.score(text_only_best(counting, counting.questions()))["accuracy"] == pytest.approx(883 / 1980)
+    # what a model that knows the text-only best, and the right answer about every fourth picture, would be shown to score
+    pictures = sorted({question.images[0] for question in counting.questions()})
+    best, known = text_only_best(counting, counting.questions()), set(pictures[::4])
+    answers = {q.id: q.reference if q.images[0] in known else best[q.id] for q in counting.questions()}
+    report = Report("nlvr", "at step 1", counting, counting.questions(), answers, 1980)
+    heading, *rows = report.cells()
+    assert heading == ["", "questions", "accuracy", "95% interval", "text-only best"]
+    assert {row[0]: int(row[1]) for row in rows} == {
+        "count_shape": 502,
+        "count_colour": 498,
+        "exist": 504,
+        "count_all": 476,
+        "all": 1980,
+    }
+    for _, _, accuracy, low_high, without_pictures in rows:
+        low, high = map(float, low_high.split(" - "))
+        assert float(without_pictures) < low < float(accuracy) < high
+
     statements = ShortAnswer(str(folder / "eval_from_test_llava.json"), str(folder))
     statements.setup()
     assert len(statements.questions()) == 5940
-    assert statements.score({q.id: q.reference for q in statements.questions()})["accuracy"] == 1.0
