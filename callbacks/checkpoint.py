@@ -80,8 +80,8 @@ class Checkpoint(LightningCheckpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         """Save when it is due, and only between optimizer steps."""
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and self._due(trainer):
-            self.save(trainer)
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self.save_if_due(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The end of a run that stops early is saved too."""
@@ -91,6 +91,11 @@ class Checkpoint(LightningCheckpoint):
         """A single process that is told to end saves first. Several would have to agree on a step, which a signal does not."""
         # not inside a validation: there the trainer has not finished its count of the step yet
         if isinstance(exception, SIGTERMException) and trainer.training and trainer.world_size == 1:
+            self.save(trainer)
+
+    def save_if_due(self, trainer: Trainer) -> None:
+        """Save between two optimizer steps, if the steps or minutes say so. Called on all ranks."""
+        if self._due(trainer):
             self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
@@ -113,14 +118,15 @@ class Checkpoint(LightningCheckpoint):
             self._delete_old(run)
         trainer.strategy.barrier("checkpoint visible")
 
-    def keep_best(self, trainer: Trainer) -> None:
+    def keep_best(self, trainer: Trainer, scores: dict[str, float]) -> None:
         """After a validation: keep the checkpoint of this step if no earlier score was as good. Called on all ranks."""
         if self.monitor is None:
             return
-        if self.monitor not in trainer.callback_metrics:
-            known = ", ".join(sorted(name for name in trainer.callback_metrics if not name.startswith(("train/", "lr/", "norm/"))))
-            raise RecipeError(f"checkpoint.monitor = {self.monitor} is not a score of the validation. There are: {known}.")
-        score = trainer.callback_metrics[self.monitor].item()
+        if self.monitor not in scores:
+            raise RecipeError(
+                f"checkpoint.monitor = {self.monitor} is no score of this validation. Its scores: {', '.join(scores)}."
+            )
+        score = scores[self.monitor]
         run = Path(trainer.log_dir or ".")  # log_dir talks to all ranks
         # one rank decides: a file system may show the others an older best.json
         if not trainer.strategy.broadcast(self._is_best(run, score)):
@@ -129,14 +135,16 @@ class Checkpoint(LightningCheckpoint):
         if trainer.is_global_zero:
             file = run / CHECKPOINTS / BEST
             unfinished = file.with_name(file.name + UNFINISHED)
-            unfinished.write_text(json.dumps({"monitor": self.monitor, "score": score, "step": trainer.global_step}) + "\n")
+            unfinished.write_text(
+                json.dumps({"monitor": self.monitor, "mode": self.mode, "score": score, "step": trainer.global_step}) + "\n"
+            )
             os.replace(unfinished, file)
             self._delete_old(run)
         trainer.strategy.barrier("best checkpoint named")
 
     def _is_best(self, run: Path, score: float) -> bool:
         best = _read_best(run)
-        if best is None or best["monitor"] != self.monitor:
+        if best is None or (best["monitor"], best["mode"]) != (self.monitor, self.mode):
             return True
         return score > best["score"] if self.mode == "max" else score < best["score"]
 

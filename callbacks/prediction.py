@@ -2,8 +2,9 @@
 
 import json
 import os
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from lightning import Callback, LightningModule, Trainer
 
@@ -22,7 +23,7 @@ class Prediction(Callback):
     have none.
 
     Args:
-        questions: The questions; references are not needed.
+        questions: The questions; `question_id` of their facts is what the answers are written under.
         output: The file that is written.
         model_id: Name of the model in every row.
         batch_size: Prompts that each rank answers together, >= 1.
@@ -39,8 +40,14 @@ class Prediction(Callback):
         self.max_new_tokens = max_new_tokens
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Open the questions before the model is built."""
+        """Open the questions, and make room for the answers, before the model is built."""
         self.questions.setup()
+        try:
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RecipeError(f"--output {self.output}: its folder cannot be made ({error.strerror}). Name another.") from error
+        if self.output.is_dir():
+            raise RecipeError(f"--output {self.output} is a folder. Name a file in it.")
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Answer what is not answered yet, then write all answers into one file."""
@@ -69,34 +76,35 @@ class Prediction(Callback):
             self._finish(questions, known | new)
         trainer.strategy.barrier("answers written")
 
-    def _line(self, question: Question, answer: str) -> str:
-        row: dict[str, Any] = {
-            "question_id": question.id,
+    def _row(self, question: Question, answer: str) -> dict[str, Any]:
+        return {
+            "question_id": question.facts["question_id"],
             "image": question.images[0] if len(question.images) == 1 else list(question.images),
             "prompt": _asked(question),
             "text": answer,
             "model_id": self.model_id,
-            "metadata": {},
+            "metadata": {"max_new_tokens": self.max_new_tokens},
         }
-        return json.dumps(row, ensure_ascii=False) + "\n"
 
-    def _part(self, rank: int):  # noqa: ANN202
-        self.output.parent.mkdir(parents=True, exist_ok=True)
-        path = self.output.with_name(f"{self.output.name}.{rank}{PART}")
-        part = path.open("a", encoding="utf-8", errors="replace")
+    def _line(self, question: Question, answer: str) -> str:
+        return json.dumps(self._row(question, answer), ensure_ascii=False) + "\n"
+
+    def _part(self, rank: int) -> TextIO:
+        part = self.output.with_name(f"{self.output.name}.{rank}{PART}").open("a", encoding="utf-8", errors="replace")
         if part.tell():
             part.write("\n")  # what was cut off ends here
         return part
 
     def _parts(self) -> list[Path]:
-        return sorted(self.output.parent.glob(f"{self.output.name}.*{PART}"))
+        name = re.compile(re.escape(self.output.name) + r"\.\d+" + re.escape(PART))
+        return sorted(path for path in self.output.parent.iterdir() if name.fullmatch(path.name))
 
     def _written(self, questions: dict[str, Question]) -> dict[str, str]:
         """Answers of an earlier run to the same questions by the same model."""
+        asked = {(str(q.facts["question_id"]), _asked(q)): q for q in questions.values()}
         answers: dict[str, str] = {}
-        for path in [self.output, *self._parts()]:
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-            for number, line in enumerate(lines, start=1):
+        for path in [*([self.output] if self.output.is_file() else []), *self._parts()]:
+            for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), start=1):
                 try:
                     row = json.loads(line or "{}")
                 except ValueError as error:
@@ -104,21 +112,23 @@ class Prediction(Callback):
                         raise RecipeError(f"{path} line {number} is no JSON. Name another --output.") from error
                     continue  # the last line before a kill
                 if row:
-                    self._demand_same(questions, row, path)
-                    answers[row["question_id"]] = row["text"]
+                    question = self._question_of(asked, row, f"{path} line {number}")
+                    answers[question.id] = row["text"]
         return answers
 
-    def _demand_same(self, questions: dict[str, Question], row: dict[str, Any], path: Path) -> None:
-        if not isinstance(row, dict) or not {"question_id", "prompt", "text", "model_id"} <= row.keys():
-            raise RecipeError(f"{path} exists and does not hold answers of this command. Name another --output.")
-        question = questions.get(row["question_id"])
-        if question is None or row["prompt"] != _asked(question):
+    def _question_of(self, asked: dict[tuple[str, str], Question], row: Any, where: str) -> Question:
+        """The question that a row answers, which was asked of the same model in the same way."""
+        if not isinstance(row, dict) or not {"question_id", "prompt", "text"} <= row.keys():
+            raise RecipeError(f"{where} is no answer of this command. Name another --output.")
+        question = asked.get((str(row["question_id"]), row["prompt"]))
+        if question is None:
             raise RecipeError(
-                f"{path} holds an answer to question {row['question_id']}, which the input does not ask in these words. "
-                "Name another --output."
+                f"{where} answers question {row['question_id']}, which the input does not ask so. Name another --output."
             )
-        if row["model_id"] != self.model_id:
-            raise RecipeError(f"{path} holds answers of {row['model_id']}, not of {self.model_id}. Name another --output.")
+        now = self._row(question, row["text"])
+        if changed := [f"{key} {row.get(key)} instead of {value}" for key, value in now.items() if row.get(key) != value]:
+            raise RecipeError(f"{where} answers question {row['question_id']} with {', '.join(changed)}. Name another --output.")
+        return question
 
     def _finish(self, questions: dict[str, Question], answers: dict[str, str]) -> None:
         unfinished = self.output.with_name(f"{self.output.name}.unfinished")

@@ -36,6 +36,7 @@ SECTIONS = {"warmup": Warmup, "throughput": Throughput, "checkpoint": Checkpoint
 KEYS = {"config", "seed_everything", "max_steps", "trainer", "model", "data", "run", "ckpt_path", *SECTIONS}
 """What may stand at the top level of a recipe."""
 
+NAME_BENCHMARKS = "Name some with --validation recipes/validation/NAME.yaml."
 NO_RECIPE = "No recipe given. Example: python main.py fit --config recipes/quickstart.yaml"
 
 
@@ -137,9 +138,12 @@ class RecipeCLI(LightningCLI):
             raise RecipeError(NO_RECIPE)
         self.folder = RUNS / name
         self.step = 0
+        if self.subcommand == "predict" and not (self._get(self.config, "input") and self._get(self.config, "output")):
+            raise RecipeError("predict needs a file of questions and a name for the answers: --input FILE --output FILE.")
         if self.subcommand != "fit":
             path = self._get(self.config, "ckpt_path") or str(self.folder)
             self.checkpoint: Path | None = find_checkpoint(path, "--ckpt_path")
+            self.folder = self.checkpoint.parent.parent  # what is asked of a run is kept with it
         else:
             if self._get(self.config, "ckpt_path"):
                 raise RecipeError("fit continues its own run by itself; to start from other weights give model.initial_weights.")
@@ -179,7 +183,7 @@ class RecipeCLI(LightningCLI):
         if self.subcommand != "fit":
             self.save_config_callback = None
         if self.subcommand is not None and self._get(self.config_init, "trainer").get("logger") in (None, True):
-            kwargs["logger"] = TensorBoardLogger(RUNS, self.folder.name, version="", purge_step=purge_step)
+            kwargs["logger"] = TensorBoardLogger(self.folder.parent, self.folder.name, version="", purge_step=purge_step)
         if self.subcommand is not None:
             kwargs["default_root_dir"] = self.folder  # where a run without a logger lives
         if self._get(self.config_init, "trainer").get("enable_progress_bar") is False:
@@ -203,12 +207,14 @@ class RecipeCLI(LightningCLI):
 
     def validate(self, **kwargs: Any) -> None:
         """Validation losses of a checkpoint, and benchmarks as the run asks them on the way."""
+        if not self._get(self.config, "validation").benchmarks and not self.datamodule.validation_names:
+            raise RecipeError(f"The recipe holds no samples out (validation_fraction) and names no benchmark. {NAME_BENCHMARKS}")
         self.trainer.validate(verbose=False, **kwargs)
 
     def test(self, **kwargs: Any) -> None:
         """Every question of every benchmark."""
         if not self._get(self.config, "validation").benchmarks:
-            raise RecipeError("The recipe names no benchmark. Name some with --validation recipes/validation/NAME.yaml.")
+            raise RecipeError(f"The recipe names no benchmark. {NAME_BENCHMARKS}")
         self.trainer.test(verbose=False, **kwargs)
 
     def predict(self, **kwargs: Any) -> None:
@@ -221,9 +227,12 @@ class RecipeCLI(LightningCLI):
         self.trainer.predict(return_predictions=False, **{name: value for name, value in kwargs.items() if name not in names})
 
     def _next_steps(self) -> None:
-        for table in sorted((self.folder / "validation").glob(f"*_step_{self.trainer.max_steps}.txt")):
-            if self.step >= self.trainer.max_steps:
-                print(table.read_text())
+        tables = sorted((self.folder / "validation").glob(f"*_step_{self.trainer.max_steps}.txt"))
+        if self.step >= self.trainer.max_steps:
+            print("\n".join(table.read_text() for table in tables))
+            validation = self._get(self.config, "validation")
+            if validation.at_end and len(tables) < len(validation.benchmarks):
+                print("Not every benchmark was asked at its end: python main.py test with the same --config asks them.")
         print(
             f"\nLook at the run:   tensorboard --logdir {self.folder}"
             f'\nAsk the model:     python main.py ask --ckpt {self.folder} --image PICTURE --question "..."'
@@ -232,9 +241,9 @@ class RecipeCLI(LightningCLI):
 
 
 def prediction(
-    input: Path,
-    output: Path,
-    model_id: str,
+    input: Path | None = None,
+    output: Path | None = None,
+    model_id: str = "",
     images: Path | None = None,
     prompt: str = "{question}",
     batch_size: int = 16,
@@ -243,13 +252,14 @@ def prediction(
     """A file of questions in, the callback that answers them out.
 
     Args:
-        input: JSONL with `text` and `image` a line (optional `question_id`, `category`), as LLaVA's question files.
-        output: JSONL that the answers go to; one that exists already is continued.
+        input: JSONL with `text` and `image` a line (optional `question_id`, `category`), as LLaVA's question files. Needed.
+        output: JSONL that the answers go to; one that exists already is continued. Needed.
         model_id: Name of the model in every row.
         images: Folder that picture names are relative to; by default the folder of the input.
         prompt: What is asked, with `{question}` where the text of a line goes.
         batch_size: Prompts that each rank answers together, >= 1.
         max_new_tokens: Longest answer, in tokens, >= 1.
     """
+    assert input is not None and output is not None
     questions = QuestionFile(str(input), str(images or input.parent), prompt)
     return Prediction(questions, output, model_id, batch_size, max_new_tokens)

@@ -4,15 +4,15 @@ Source: paired bootstrap over pictures, as in Koehn, Statistical Significance Te
 """
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jsonargparse import ArgumentParser
 
+from components.benchmarks import Benchmark
 from components.benchmarks.benchmark import listed
 from components.benchmarks.records import Record, read_record
 from components.benchmarks.report import aligned
-from components.benchmarks.tally import CONFIDENCE, interval
+from components.benchmarks.tally import CONFIDENCE, Tally, interval
 from components.errors import RecipeError
 
 MUST_AGREE = ("version", "split", "prompt_hash", "normalizer")
@@ -45,33 +45,33 @@ def compare(a: Path, b: Path, anyway: bool = False) -> str:
     shared = {question.id for question in first.asked} & {question.id for question in second.asked}
     if not shared:
         raise RecipeError(f"{first.path} and {second.path} have no question in common.")
-    tallies = []
-    for record in (first, second):
-        asked = [question for question in record.asked if question.id in shared]
-        tallies.append(record.benchmark.tally(asked, record.answers))
+    tallies = [_tally(record, shared) for record in (first, second)]
     if tallies[0].units != tallies[1].units:
         raise RecipeError(f"{first.path} and {second.path} ask about different pictures under the same ids.")
-    values, resampled = ([first.benchmark.metrics(sums(one)) for one in tallies] for sums in (_totals, _resampled))
-    cells = [["", "A", "B", "B - A", f"{CONFIDENCE:.0%} interval", ""]]
-    decimals = first.benchmark.decimals
-    for metric in (name for name in values[0] if name in values[1]):
-        low, high = interval(np.asarray(resampled[1][metric]) - np.asarray(resampled[0][metric]))
-        numbers = [float(values[0][metric]), float(values[1][metric])]
-        row = [f"{number:.{decimals}f}" for number in numbers] + [f"{numbers[1] - numbers[0]:+.{decimals}f}"]
-        cells.append([metric, *row, f"{low:+.{decimals}f} to {high:+.{decimals}f}", "" if low <= 0 <= high else "*"])
-    notes = [f"but {difference}" for difference in differences] + _mentions(first, second)
     title = f"{first.facts['name']}: {first.benchmark.describe()}"
     heads = [f"{letter}  {record.path}, {record.facts['when']}" for letter, record in (("A", first), ("B", second))]
-    end = f"{len(shared)} questions about {len(tallies[0].units)} pictures; * the interval of the difference leaves out 0"
-    return "\n".join([title, *heads, *aligned(cells), end, *notes]) + "\n"
+    counted = f"{len(shared)} questions about {len(tallies[0].units)} pictures"
+    end = f"{counted}; * the interval leaves out 0, as one in twenty does by chance"
+    notes = [f"but {difference}" for difference in differences] + _mentions(first, second)
+    return "\n".join([title, *heads, *aligned(_cells(first.benchmark, *tallies)), end, *notes]) + "\n"
 
 
-def _totals(tally: Any) -> Any:
-    return tally.totals()
+def _tally(record: Record, ids: set[str]) -> Tally:
+    return record.benchmark.tally([question for question in record.asked if question.id in ids], record.answers)
 
 
-def _resampled(tally: Any) -> Any:
-    return tally.resampled()
+def _cells(benchmark: Benchmark, first: Tally, second: Tally) -> list[list[str]]:
+    """A row for each metric of both. Tallies of the same units are resampled alike, so that differences are paired."""
+    values, resampled = ([benchmark.metrics(getattr(one, kind)()) for one in (first, second)] for kind in ("totals", "resampled"))
+    cells = [["", "A", "B", "B - A", f"{CONFIDENCE:.0%} interval", ""]]
+    form = f".{benchmark.decimals}f"
+    for metric in (name for name in values[0] if name in values[1]):
+        a, b = (float(one[metric]) for one in values)
+        low_high = interval(np.asarray(resampled[1][metric]) - np.asarray(resampled[0][metric]))
+        shown = " to ".join(f"{edge:+{form}}" for edge in low_high or ())
+        star = "*" if low_high and not low_high[0] <= 0 <= low_high[1] else ""
+        cells.append([metric, f"{a:{form}}", f"{b:{form}}", f"{b - a:+{form}}", shown, star])
+    return cells
 
 
 def _differences(first: Record, second: Record) -> list[str]:
@@ -96,7 +96,9 @@ def _differences(first: Record, second: Record) -> list[str]:
 
 def _mentions(first: Record, second: Record) -> list[str]:
     pairs = {key: (first.facts.get(key), second.facts.get(key)) for key in MENTIONED}
-    return [f"{key} differs: {ours} and {theirs}" for key, (ours, theirs) in pairs.items() if ours != theirs]
+    mentions = [f"{key} differs: {ours} and {theirs}" for key, (ours, theirs) in pairs.items() if ours != theirs]
+    unsure = [str(record.path) for record in (first, second) if record.facts.get("prompt_verified") is False]
+    return mentions + [f"the answers of {path} do not state what was asked" for path in unsure]
 
 
 def main(arguments: list[str]) -> int:

@@ -45,7 +45,10 @@ def find_checkpoint(path: str | Path, key: str) -> Path:
     """
     path = Path(path)
     if path.name == BEST and path.is_file():
-        path = checkpoint_folder(path.parent.parent, json.loads(path.read_text())["step"])
+        try:
+            path = checkpoint_folder(path.parent.parent, json.loads(path.read_text())["step"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise RecipeError(f"{key}: {path} is damaged. Name a checkpoint folder.") from error
     if _CHECKPOINT.fullmatch(path.name) and (path / RECIPE).is_file():
         return path
     if found := complete_checkpoints(path):

@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser
 from components import benchmarks
 from components.benchmarks import Benchmark
 from components.benchmarks.benchmark import listed
-from components.benchmarks.records import is_of_validation, read_answers, read_record
+from components.benchmarks.records import is_of_validation, read_answers, read_record, states_prompts
 from components.benchmarks.report import Report
 from components.errors import RecipeError
 from components.recipe_files import hint
@@ -39,9 +39,7 @@ def score(benchmark: Benchmark, answers: Path, output: Path | None = None, parti
     if not answers.exists():
         raise RecipeError(f"--answers {answers} does not exist.")
     try:
-        report, known = (
-            _of_validation(benchmark, answers) if is_of_validation(answers) else (_of_file(benchmark, answers, partial), {})
-        )
+        report, known = (_of_validation if is_of_validation(answers) else _of_file)(benchmark, answers, partial)
         report = replace(report, name=name)
         if output is None:
             return report.table()
@@ -53,7 +51,9 @@ def score(benchmark: Benchmark, answers: Path, output: Path | None = None, parti
         raise RecipeError(f"--answers {answers}: {error}") from error
 
 
-def _of_validation(benchmark: Benchmark, answers: Path) -> tuple[Report, dict[str, Any]]:
+def _of_validation(benchmark: Benchmark, answers: Path, partial: bool) -> tuple[Report, dict[str, Any]]:
+    if partial:
+        raise RecipeError("all questions of a validation are answered: --partial has no effect. Leave it out.")
     record = read_record(answers)
     stated = benchmark.stated()["class_path"]
     if record.facts["benchmark"]["class_path"] != stated:
@@ -67,7 +67,7 @@ def _of_validation(benchmark: Benchmark, answers: Path) -> tuple[Report, dict[st
     return Report("", f"from {answers.stem}", benchmark, record.asked, record.answers, total), record.facts
 
 
-def _of_file(benchmark: Benchmark, answers: Path, partial: bool) -> Report:
+def _of_file(benchmark: Benchmark, answers: Path, partial: bool) -> tuple[Report, dict[str, Any]]:
     benchmark.setup(pictures=False)
     given, asked = read_answers(answers, benchmark), benchmark.questions()
     total = len(asked)
@@ -77,7 +77,8 @@ def _of_file(benchmark: Benchmark, answers: Path, partial: bool) -> Report:
         missing = [question.id for question in asked if question.id not in given]
         told = f"{len(missing)} of {total} questions have no answer: {listed(missing)}"
         raise RecipeError(f"{told}. --partial true scores the others, and says so.")
-    return Report("", f"from {answers.name if answers.is_dir() else answers.stem}", benchmark, asked, given, total)
+    when = f"from {answers.name if answers.is_dir() else answers.stem}"
+    return Report("", when, benchmark, asked, given, total), {"prompt_verified": states_prompts(answers)}
 
 
 def main(arguments: list[str]) -> int:
@@ -95,7 +96,8 @@ def main(arguments: list[str]) -> int:
     if "--benchmark" in arguments[:-1]:
         place = arguments.index("--benchmark") + 1
         arguments[place] = _file(arguments[place])
-        name = Path(arguments[place]).stem
+        part = arguments[place]
+        name = Path(part).stem if Path(part).is_file() else part.rpartition(".")[2]
     print(score(**parser.instantiate(parser.parse_args(arguments)).as_dict(), name=name), end="")
     return 0
 

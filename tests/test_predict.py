@@ -51,23 +51,23 @@ def predict(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
 
 
 def rows(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    return [json.loads(line) for line in file.read_text().split("\n") if line]
 
 
 def test_answers_are_those_of_ask_in_the_order_of_the_questions(predict, trained, tmp_path):
     code, said = predict("--batch_size", "4")
     assert code == 0, said
     asked, answered = rows(trained / "questions.jsonl"), rows(tmp_path / "answers.jsonl")
-    assert [row["question_id"] for row in answered] == [str(row["question_id"]) for row in asked]
+    assert [row["question_id"] for row in answered] == [row["question_id"] for row in asked]
     for question, answer in zip(asked[:4], answered[:4], strict=True):
         expected = ask("runs/small", question["text"], [question["image"]], max_new_tokens=5)
         assert answer == {
-            "question_id": str(question["question_id"]),
+            "question_id": question["question_id"],
             "image": question["image"],
             "prompt": question["text"],
             "text": expected,
             "model_id": "small/step_00000004",
-            "metadata": {},
+            "metadata": {"max_new_tokens": 5},
         }
     assert [path.name for path in tmp_path.iterdir()] == ["answers.jsonl"]
 
@@ -95,7 +95,7 @@ def test_an_interrupted_file_is_continued(predict, tmp_path):
 def test_answers_can_be_scored(predict, trained, tmp_path, capsys):
     predict()
     answers = {row["question_id"]: row["text"] for row in rows(tmp_path / "answers.jsonl")}
-    known = [row | {"answer": answers[str(row["question_id"])]} for row in rows(trained / "questions.jsonl")]
+    known = [row | {"answer": answers[row["question_id"]]} for row in rows(trained / "questions.jsonl")]
     (tmp_path / "known.jsonl").write_text("".join(json.dumps(row) + "\n" for row in known))
     part = {"annotations": str(tmp_path / "known.jsonl"), "images": str(trained)}
     (tmp_path / "known.yaml").write_text(yaml.safe_dump({"class_path": "components.benchmarks.ShortAnswer", "init_args": part}))
@@ -106,14 +106,15 @@ def test_answers_can_be_scored(predict, trained, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"prompt": "how many"}, "holds an answer to question 100, which the input does not ask in these words"),
-        ({"question_id": "17"}, "holds an answer to question 17, which the input does not ask"),
-        ({"model_id": "other/step_1"}, "holds answers of other/step_1, not of small/step_00000004"),
-        (None, "exists and does not hold answers of this command"),
+        ({"prompt": "how many"}, "line 1 answers question 100, which the input does not ask so"),
+        ({"question_id": "17"}, "line 1 answers question 17, which the input does not ask so"),
+        ({"image": "3.bmp"}, "line 1 answers question 100 with image 3.bmp instead of 0.bmp"),
+        ({"model_id": "other/step_1"}, "line 1 answers question 100 with model_id other/step_1 instead of small/step_00000004"),
+        ({"metadata": {"max_new_tokens": 9}}, "with metadata {'max_new_tokens': 9} instead of {'max_new_tokens': 5}"),
+        (None, "line 1 is no answer of this command"),
     ],
 )
 def test_answers_of_something_else_are_not_overwritten(predict, tmp_path, change, words):
-    row = {"question_id": "100", "prompt": "", "text": "", "model_id": "small/step_00000004"}
     if change is None:
         (tmp_path / "answers.jsonl").write_text('{"my": "file"}\n')
     else:
@@ -127,6 +128,30 @@ def test_answers_of_something_else_are_not_overwritten(predict, tmp_path, change
     assert (tmp_path / "answers.jsonl").read_text() == before
 
 
+def test_ids_that_repeat_and_odd_letters(predict, trained, tmp_path):
+    """Both questions about a picture have one id in LLaVA's file for MME; some editors leave line separators in a text."""
+    asked = [{"question_id": "a/0.png", "image": "0.bmp", "text": text} for text in ("how many\u2028now", "what color")]
+    file = tmp_path / "twice.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    options = ("--images", str(trained), "--output", str(tmp_path / "x[1].jsonl"))
+    assert predict(*options, questions=str(file))[0] == 0
+    answered = rows(tmp_path / "x[1].jsonl")
+    assert [(row["question_id"], row["prompt"]) for row in answered] == [(row["question_id"], row["text"]) for row in asked]
+    code, said = predict(*options, questions=str(file))
+    assert code == 0 and "2 of 2 questions are answered already" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["twice.jsonl", "x[1].jsonl"]
+
+
+def test_places_that_cannot_be_written(predict, tmp_path, capsys):
+    code, said = predict("--output", str(tmp_path))
+    assert code == 2 and f"--output {tmp_path} is a folder" in said
+    (tmp_path / "file").write_text("")
+    code, said = predict("--output", str(tmp_path / "file/answers.jsonl"))
+    assert code == 2 and "its folder cannot be made" in said
+    assert main.main(["predict", "--config", "small.yaml", "--input", "questions.jsonl"]) == 2
+    assert "--input FILE --output FILE" in capsys.readouterr().err
+
+
 def test_questions_that_cannot_be_asked(predict, trained, tmp_path):
     def asked(**row) -> str:
         file = tmp_path / "questions.jsonl"
@@ -138,6 +163,6 @@ def test_questions_that_cannot_be_asked(predict, trained, tmp_path):
     assert "questions.jsonl line 1: image missing or not a text" in asked(image=3)
     assert "questions.jsonl line 1: picture 9.bmp is not in" in asked(image="9.bmp")
     (trained / "broken.bmp").write_bytes(b"BM nothing")
-    assert "question 1 with picture broken.bmp: " in asked(image="broken.bmp")
+    assert "question 1 (how many) with picture broken.bmp: " in asked(image="broken.bmp")
     code, said = predict(questions="none.jsonl")
     assert code == 2 and "none.jsonl" in said

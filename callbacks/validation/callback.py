@@ -1,6 +1,7 @@
 """When benchmarks are asked while a model trains and afterwards, and where their answers go."""
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,8 @@ class Validation(Callback):
             all.
         batch_size: Prompts that each rank answers together, >= 1. Each token of theirs takes 0.8 MB for a 13B decoder in bf16.
         max_new_tokens: Longest answer, in tokens, >= 1; LLaVA-1.5 is evaluated with 128.
-        shuffled_pictures: Whether to ask once more with the pictures exchanged, at the end of training and in the commands validate
-            and test: a model that looks at them falls to the text-only best or below.
+        shuffled_pictures: Whether to ask once more with the pictures exchanged, at the end of training (without `at_end`, at every
+            validation) and in the commands validate and test: a model that looks at them falls to the text-only best or below.
         num_pictures: Pictures shown with question and answers in TensorBoard, >= 0.
 
     Raises:
@@ -55,6 +56,8 @@ class Validation(Callback):
         numbers = {"every_n_steps": every_n_steps, "limit": limit, "batch_size": batch_size, "max_new_tokens": max_new_tokens}
         if wrong := {name: number for name, number in numbers.items() if number is not None and number < 1}:
             raise RecipeError(f"validation: {wrong} must be at least 1.")
+        if wrong_names := [name for name in benchmarks if not re.fullmatch(r"[\w.+-]+", name)]:
+            raise RecipeError(f"validation.benchmarks: {wrong_names[0]!r} must be a file name of letters, digits and ._+-.")
         if num_pictures < 0:
             raise RecipeError(f"validation: num_pictures = {num_pictures} must be at least 0.")
         self.benchmarks = benchmarks
@@ -82,6 +85,25 @@ class Validation(Callback):
                     exchange_pictures(asked)
             except RecipeError as error:
                 raise RecipeError(f"validation.benchmarks.{name}: {error}") from error
+        if stage == "fit":
+            for checkpoint in _checkpoints(trainer):
+                self._demand_monitored(checkpoint)
+
+    def _demand_monitored(self, checkpoint: Checkpoint) -> None:
+        """The score that decides about the best checkpoint will be there."""
+        if checkpoint.monitor is None:
+            return
+        if not self.at_end and self.every_n_steps is None:
+            raise RecipeError(
+                f"checkpoint.monitor = {checkpoint.monitor} has no effect: validation is due neither on the way nor at_end."
+            )
+        scores = []
+        for name, benchmark in self.benchmarks.items():
+            partial = "_partial" * (len(benchmark.draw(self.limit)) < len(benchmark.questions()))
+            scores.append(f"{name}{partial}/{benchmark.headline}")
+        if checkpoint.monitor.split("/")[0] not in {score.split("/")[0] for score in scores}:
+            known = ", ".join(scores) or "none"
+            raise RecipeError(f"checkpoint.monitor = {checkpoint.monitor} is no score of this validation. Headlines are: {known}.")
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Remember the step of the weights: validate and test do not restore the trainer's."""
@@ -99,6 +121,8 @@ class Validation(Callback):
         if self.every_n_steps is None or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         left_to_the_end = self.at_end and trainer.global_step >= trainer.max_steps
+        for checkpoint in _checkpoints(trainer):  # Lightning calls them last: a validation that fails should lose nothing
+            checkpoint.save_if_due(trainer)
         if trainer.global_step % self.every_n_steps == 0 and not left_to_the_end:
             self.validate(trainer, pl_module, trainer.global_step, self.limit, self.shuffled_pictures and not self.at_end)
 
@@ -121,6 +145,7 @@ class Validation(Callback):
     def validate(self, trainer: Trainer, pl_module: LightningModule, step: int, limit: int | None, shuffled_pictures: bool) -> None:
         """Ask the questions of every benchmark; score, show and keep the answers. Called on all ranks."""
         run = Path(trainer.log_dir or ".")  # log_dir talks to all ranks
+        scores: dict[str, float] = {}
         for name, benchmark in self.benchmarks.items():
             asked = benchmark.draw(limit)
             options: dict[str, Any] = {"batch_size": self.batch_size, "max_new_tokens": self.max_new_tokens}
@@ -143,10 +168,11 @@ class Validation(Callback):
             if isinstance(logged, Exception):
                 raise logged
             assert logged is not None
-            trainer.callback_metrics.update({key: torch.tensor(value, dtype=torch.float64) for key, value in logged.items()})
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, Checkpoint) and trainer.state.fn == TrainerFn.FITTING and step:
-                callback.keep_best(trainer)
+            scores |= logged
+        trainer.callback_metrics.update({key: torch.tensor(value, dtype=torch.float64) for key, value in scores.items()})
+        if trainer.state.fn == TrainerFn.FITTING and step:
+            for checkpoint in _checkpoints(trainer):
+                checkpoint.keep_best(trainer, scores)
 
     def _show(self, trainer: Trainer, report: Report, step: int) -> None:
         tqdm.write(report.table())
@@ -178,3 +204,7 @@ class Validation(Callback):
             "ranks": trainer.world_size,
             "precision": str(trainer.precision),
         }
+
+
+def _checkpoints(trainer: Trainer) -> list[Checkpoint]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, Checkpoint)]  # type: ignore[attr-defined]

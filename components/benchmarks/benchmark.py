@@ -4,7 +4,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -57,8 +57,6 @@ class Benchmark(ABC):
     """Of the scores in tables."""
     split = ""
     """Which part of the benchmark is asked."""
-    prompts_repeat = True
-    """Whether prompts are shared by so many questions that the best answers without pictures tell what prompts give away."""
     prompt = "{question}"
     """What is asked, with the question at its place."""
 
@@ -179,13 +177,6 @@ class Benchmark(ABC):
             RecipeError: Its tool reads a file, or the folder is not laid out so.
         """
         raise RecipeError(f"{folder} is a folder, but the answers to {self.describe()} are one file. Name the file.")
-
-    def fingerprint(self) -> str:
-        """Changes when any question, reference answer or picture name changes."""
-        digest = hashlib.blake2b(digest_size=16)
-        for question in self.questions():
-            digest.update(repr(astuple(question)).encode(errors="surrogatepass"))
-        return digest.hexdigest()
 
     def prompt_hash(self) -> str:
         """Eight hexadecimal digits that stand for `prompt`."""

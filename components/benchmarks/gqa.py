@@ -45,8 +45,6 @@ class GQA(Benchmark):
         RecipeError: File, folder or pictures are missing or malformed, or no question is balanced.
     """
 
-    prompts_repeat = False
-
     def __init__(
         self,
         folder: str,

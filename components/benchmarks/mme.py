@@ -46,7 +46,6 @@ class MME(Benchmark):
         RecipeError: A subtask, a picture or an answer is missing, or a line has another form.
     """
 
-    prompts_repeat = False
     headline = "perception"
     by_group = "score"
     decimals = 2

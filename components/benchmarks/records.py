@@ -9,8 +9,10 @@ from jsonargparse import ArgumentError, ArgumentParser
 from components.annotations import Annotations
 from components.benchmarks.benchmark import Benchmark, Question, listed
 from components.benchmarks.files import read_json
+from components.chat_template import IMAGE_PLACEHOLDER
 from components.errors import RecipeError
 
+_STATED = {"name", "when", "benchmark", "version", "split", "prompt_hash", "questions"}
 _TEXTS = ("answer", "text", "prediction")
 
 
@@ -44,8 +46,9 @@ def read_record(path: Path) -> Record:
     """
     file = path.with_suffix(".json")
     facts = read_json(file, "Name a record that a validation or `score --output` has written, as validation/gqa_step_500.json.")
-    if not isinstance(facts, dict) or not {"benchmark", "split", "prompt_hash", "version"} <= facts.keys():
-        raise RecipeError(f"{file} is not the record of a validation: it does not state benchmark, split, prompt_hash and version.")
+    if not isinstance(facts, dict) or not facts.keys() >= _STATED:
+        missing = ", ".join(sorted(_STATED - facts.keys())) if isinstance(facts, dict) else "anything"
+        raise RecipeError(f"{file} is not the record of a validation: it does not state {missing}.")
     asked, answers = asked_and_answered(path.with_suffix(".jsonl"))
     return Record(file, facts, rebuilt(facts["benchmark"], file), asked, answers)
 
@@ -83,8 +86,15 @@ def asked_and_answered(path: Path) -> tuple[list[Question], dict[str, str]]:
             answers.add(question.id, row["answer"])
         except KeyError as error:
             raise RecipeError(f"{records.where(index)} lacks {error}: it is not a row of a validation's answers.") from error
+        if not isinstance(row["answer"], str):
+            raise RecipeError(f"{records.where(index)}: the answer must be a text; it is {row['answer']!r}.")
         asked[question.id] = question
     return list(asked.values()), answers.finished()
+
+
+def states_prompts(path: Path) -> bool:
+    """Whether an answer file says what was asked, as LLaVA's do."""
+    return path.is_file() and bool(Annotations(path)[0].get("prompt"))
 
 
 def read_answers(path: Path, benchmark: Benchmark) -> dict[str, str]:
@@ -95,11 +105,12 @@ def read_answers(path: Path, benchmark: Benchmark) -> dict[str, str]:
         benchmark: The benchmark whose questions they answer, set up.
 
     Raises:
-        RecipeError: The file is missing, a row has no answer, or a question has two different ones.
+        RecipeError: The file is missing, a row has no answer or was asked something else, or a question has two different answers.
     """
     if path.is_dir():
         return benchmark.read_results(path)
     answers, records, unscored = _Answers(path), Annotations(path), benchmark.unscored()
+    prompts = {question.id: question.prompt.removeprefix(f"{IMAGE_PLACEHOLDER}\n") for question in benchmark.questions()}
     for index, row in enumerate(records):
         text = next((row[key] for key in _TEXTS if isinstance(row.get(key), str)), None)
         if text is None:
@@ -111,6 +122,12 @@ def read_answers(path: Path, benchmark: Benchmark) -> dict[str, str]:
             raise RecipeError(f"{records.where(index)} does not say which question of the benchmark it answers: {told}.") from error
         except RecipeError as error:
             raise RecipeError(f"{records.where(index)}: {error}") from error
+        asked = row.get("prompt") or prompts.get(name)
+        if name in prompts and asked != prompts[name]:
+            raise RecipeError(
+                f"{records.where(index)}: question {name} was asked as {asked!r}, but the benchmark asks {prompts[name]!r}. Give "
+                "the prompt that was used with --benchmark.prompt."
+            )
         if name not in unscored:
             answers.add(name, text)
     return answers.finished()

@@ -15,6 +15,7 @@ from components.benchmarks.tally import CONFIDENCE, RESAMPLES, Tally, interval
 from components.chat_template import IMAGE_PLACEHOLDER
 
 WORST = 5
+_SHARE_PROMPT = 2  # questions to a prompt, on average
 _PACKAGES = ("torch", "transformers", "lightning", "open_clip_torch", "numpy", "pillow")
 
 
@@ -65,14 +66,19 @@ class Report:
 
     @cached_property
     def intervals(self) -> dict[str, tuple[float, float]]:
-        """The interval of every metric that is a function of sums over pictures."""
+        """The interval of every metric that is a function of sums over pictures, where these differ."""
         resampled = self.benchmark.metrics(self.tally.resampled())
-        return {name: interval(np.asarray(values)) for name, values in resampled.items() if name in self.metrics}
+        found = {name: interval(np.asarray(values)) for name, values in resampled.items() if name in self.metrics}
+        return {name: low_high for name, low_high in found.items() if low_high is not None}
 
     @cached_property
     def text_only_best(self) -> dict[str, float]:
-        """What the best answers without pictures score on the questions that were asked; empty where that says nothing."""
-        if not self.benchmark.prompts_repeat:
+        """What the best answers without pictures score on the questions that were asked.
+
+        Empty where few questions share a prompt: there the best answers are the answers themselves, learned by heart.
+        """
+        prompts = {question.prompt for question in self.asked}
+        if len(self.asked) < _SHARE_PROMPT * len(prompts) or not any(question.reference for question in self.asked):
             return {}
         return self.benchmark.score(text_only_best(self.benchmark, self.asked), self.asked)
 
@@ -120,9 +126,7 @@ class Report:
         decimals = self.benchmark.decimals
         lines = [["", "questions", self.benchmark.by_group, f"{CONFIDENCE:.0%} interval", *others]]
         for label, metric, count in self.rows:
-            low, high = self.intervals.get(metric, (0.0, 0.0))
-            # pictures that all count alike, right or wrong, say nothing about the spread
-            low_high = f"{low:.{decimals}f} - {high:.{decimals}f}" if low < high else ""
+            low_high = " - ".join(f"{edge:.{decimals}f}" for edge in self.intervals.get(metric, ()))
             values = [f"{values[metric]:.{decimals}f}" if metric in values else "" for values in others.values()]
             lines.append([label, "" if count is None else str(count), f"{self.metrics[metric]:.{decimals}f}", low_high, *values])
         return lines

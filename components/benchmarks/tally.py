@@ -89,8 +89,11 @@ def ratio(numerator: Sums, denominator: Sums, empty: float = np.nan) -> Sums:
     return np.where(denominator == 0, empty, numerator / np.where(denominator == 0, 1.0, denominator))
 
 
-def interval(values: Float64[np.ndarray, " resamples"]) -> tuple[float, float]:
-    """The middle 95 % of resampled values; those without a value are left out."""
+def interval(values: Float64[np.ndarray, " resamples"]) -> tuple[float, float] | None:
+    """The middle 95 % of resampled values; those without a value are left out. None where all are alike.
+
+    Units that all count alike, such as a single one, or all right ones, say nothing about the spread.
+    """
     tail = (1 - CONFIDENCE) / 2
     low, high = np.nanquantile(values, [tail, 1 - tail])
-    return float(low), float(high)
+    return (float(low), float(high)) if low < high else None

@@ -52,8 +52,6 @@ class VizWiz(Benchmark):
         RecipeError: The prompt has no place for the question, files or pictures are missing, or an entry is malformed or repeated.
     """
 
-    prompts_repeat = False
-
     def __init__(
         self,
         folder: str,

@@ -31,10 +31,11 @@ class Scripted(Model):
 def run(folder: Path, ckpt_path=None, **options):
     (folder / "run").mkdir(exist_ok=True)
     (folder / "run" / RECIPE).write_text("model: scripted\n")
-    checkpoint = Checkpoint(every_n_steps=1, keep=1, **options)
-    validation = Validation({"squares": Brightness()}, every_n_steps=1, at_start=True)
-    one = trainer(folder, validation)
-    one.callbacks.insert(0, checkpoint)
+    asking = {name: options.pop(name) for name in ("every_n_steps", "at_start", "at_end", "limit") if name in options}
+    validation = Validation({"squares": Brightness()}, **{"every_n_steps": 1, "at_start": True} | asking)
+    checkpoint = Checkpoint(**{"every_n_steps": 1, "keep": 1} | options)
+    one = trainer(folder, [validation, checkpoint])
+    assert one.callbacks[-1] is checkpoint  # Lightning has checkpoints last
     one.fit(Scripted(), datamodule=Data(), ckpt_path=ckpt_path, weights_only=False)
     return folder / "run"
 
@@ -50,7 +51,7 @@ def best(folder: Path) -> dict:
 
 def test_best_is_kept_beside_the_newest(tmp_path):
     folder = run(tmp_path, monitor="squares/accuracy")
-    assert best(folder) == {"monitor": "squares/accuracy", "score": 6 / 7, "step": 2}
+    assert best(folder) == {"monitor": "squares/accuracy", "mode": "max", "score": 6 / 7, "step": 2}
     assert complete_checkpoints(folder) == [checkpoint_folder(folder, 2), checkpoint_folder(folder, 4)]
     assert find_checkpoint(folder, "--ckpt") == checkpoint_folder(folder, 4)
     assert find_checkpoint(folder / CHECKPOINTS / BEST, "--ckpt") == checkpoint_folder(folder, 2)
@@ -58,6 +59,51 @@ def test_best_is_kept_beside_the_newest(tmp_path):
 
 def test_the_smallest_may_be_the_best(tmp_path):
     assert best(run(tmp_path, monitor="squares/accuracy", mode="min"))["step"] == 4
+
+
+def test_the_best_is_saved_where_no_checkpoint_is_due_and_can_be_continued_from(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    monkeypatch.setattr(Checkpoint, "_due", lambda self, trainer: False)
+    run(tmp_path, monitor="squares/accuracy")
+    assert complete_checkpoints(folder) == [checkpoint_folder(folder, 2), checkpoint_folder(folder, 4)]  # the end is saved anyway
+    shutil.rmtree(checkpoint_folder(folder, 4))
+    run(tmp_path, find_checkpoint(folder / CHECKPOINTS / BEST, "--ckpt") / "state", monitor="squares/accuracy")
+    assert complete_checkpoints(folder)[-1] == checkpoint_folder(folder, 4)
+
+
+def test_a_validation_that_fails_loses_no_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(Brightness, "broken", "pale.png")
+    with pytest.raises(RecipeError, match=r"pale\.png"):
+        run(tmp_path, at_start=False)
+    assert complete_checkpoints(tmp_path / "run") == [checkpoint_folder(tmp_path / "run", 1)]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"limit": 3}, r"Headlines are: squares_partial/accuracy\."),
+        ({"every_n_steps": None, "at_end": False}, "has no effect: validation is due neither on the way nor at_end"),
+    ],
+)
+def test_a_score_that_will_not_be_there_is_told_before_training(tmp_path, options, words):
+    with pytest.raises(RecipeError, match=words):
+        run(tmp_path, monitor="squares/accuracy", **options)
+    assert not (tmp_path / "run" / CHECKPOINTS).exists()
+
+
+def test_a_metric_that_is_no_score_names_those_there_are(tmp_path):
+    with pytest.raises(RecipeError, match=r"squares/loss is no score .* Its scores: squares/accuracy/dark, "):
+        run(tmp_path, monitor="squares/loss")
+
+
+def test_a_damaged_note_of_the_best_is_told_and_replaced(tmp_path):
+    folder = run(tmp_path, monitor="squares/accuracy")
+    (folder / CHECKPOINTS / BEST).write_text("{")
+    with pytest.raises(RecipeError, match=r"best\.json is damaged"):
+        find_checkpoint(folder / CHECKPOINTS / BEST, "--ckpt")
+    shutil.rmtree(checkpoint_folder(folder, 4))
+    run(tmp_path, checkpoint_folder(folder, 2) / "state", monitor="squares/accuracy")
+    assert best(folder)["step"] == 3
 
 
 def test_without_a_monitor_nothing_is_best(tmp_path):
@@ -75,10 +121,12 @@ def test_a_restart_keeps_the_best_of_before(tmp_path, monkeypatch):
     shutil.rmtree(checkpoint_folder(folder, 4))
     monkeypatch.setattr(Scripted, "script", {2: 1, 3: 0, 4: 2})
     run(tmp_path, checkpoint_folder(folder, 2) / "state", monitor="squares/accuracy")
-    assert best(folder) == {"monitor": "squares/accuracy", "score": 1.0, "step": 3}
+    assert best(folder) == {"monitor": "squares/accuracy", "mode": "max", "score": 1.0, "step": 3}
     assert checkpoint_folder(folder, 3) in complete_checkpoints(folder)
 
 
 def test_a_score_that_there_is_not_names_those_there_are(tmp_path):
-    with pytest.raises(RecipeError, match=r"checkpoint\.monitor = gqa/accuracy .* There are: squares/accuracy, "):
+    with pytest.raises(
+        RecipeError, match=r"checkpoint\.monitor = gqa/accuracy is no score of this validation\. Headlines are: squares/acc"
+    ):
         run(tmp_path, monitor="gqa/accuracy")

@@ -110,10 +110,10 @@ def trainer(folder, validation, **options):
         max_steps=4,
         accelerator="cpu",
         logger=TensorBoardLogger(folder, "run", version=""),
-        callbacks=[validation] if validation else [],
+        callbacks=validation,
         enable_progress_bar=False,
         enable_model_summary=False,
-        enable_checkpointing=False,
+        enable_checkpointing=isinstance(validation, list),
         **options,
     )
 
@@ -211,11 +211,12 @@ def test_a_limit_makes_every_name_partial_and_draws_the_same_questions(tmp_path,
     assert "squares/accuracy" not in fitted.callback_metrics
 
 
-def test_training_does_not_notice(tmp_path):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_training_does_not_notice(tmp_path, workers):
     torch.manual_seed(0)
     alone, _ = fit(tmp_path / "alone", None)
     torch.manual_seed(0)
-    asked, _ = fit(tmp_path / "asked", Validation({"squares": Brightness()}, every_n_steps=1))
+    asked, _ = fit(tmp_path / "asked", Validation({"squares": Brightness()}, every_n_steps=1), data=Data(num_workers=workers))
     assert len(asked.asked) == 4
     assert asked.draws == alone.draws
     assert asked.layer.training

@@ -1,16 +1,33 @@
 """Two processes answer what one does: any number of questions, answers of unequal length, a rank without pictures, a broken one."""
 
 import io
+import os
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from lightning import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from pair import Pair
 from PIL import Image
-from tiny import LLAMA, TOKENS_PER_IMAGE, TOWER, TOWER_FROZEN, Numbers, Prepared, tiny_batch, tiny_model, tiny_trainer
+from tiny import (
+    ALL,
+    LLAMA,
+    TOKENS_PER_IMAGE,
+    TOWER,
+    TOWER_FROZEN,
+    Numbers,
+    Prepared,
+    TinyModel,
+    tiny_batch,
+    tiny_model,
+    tiny_trainer,
+    weights,
+)
 
+from callbacks.checkpoint import Checkpoint
 from callbacks.validation import Validation
 from callbacks.validation.asking import ask, gather
 from components.batch import SampleFormat
@@ -18,6 +35,7 @@ from components.benchmarks import Benchmark, Question
 from components.benchmarks.records import read_record
 from components.data import Preparation
 from components.errors import RecipeError
+from components.run_folder import BEST, CHECKPOINTS, RECIPE, find_checkpoint
 from components.sharding import HybridSharding
 from components.tokenizer import WordTokenizer, load_tokenizer
 
@@ -160,3 +178,72 @@ def test_both_ranks_know_the_scores_of_one_process(pair, tmp_path):
 def test_no_question_is_an_error_on_both_ranks(pair, tmp_path):
     for message in pair.run(validated, "fsdp", str(tmp_path), 0):
         assert "noise: there are no questions" in message
+
+
+class SlowToRead(Checkpoint):
+    """On the second rank the note of the best checkpoint is read half a second later than on the first."""
+
+    def _is_best(self, run, score):
+        time.sleep(0.5 * int(os.environ["LOCAL_RANK"]))
+        return super()._is_best(run, score)
+
+
+def monitored(folder):
+    """The best checkpoint that a run of two ranks names, though one of them is slow."""
+    run = Path(folder, "run")
+    logger = TensorBoardLogger(folder, "run", version="")
+    validation = Validation({"noise": Noise(4)}, batch_size=BATCH, max_new_tokens=6, num_pictures=0)
+    best = SlowToRead(monitor="noise/accuracy")
+    settings = options("fsdp") | {"logger": logger, "log_every_n_steps": 1, "enable_checkpointing": True}
+    trainer = tiny_trainer(steps=1, callbacks=[Asking([]), validation, best], **settings)
+    trainer.fit(tiny_model(TOWER_FROZEN), datamodule=Questioned())
+    return find_checkpoint(run / CHECKPOINTS / BEST, "monitor").name
+
+
+def test_ranks_agree_on_the_best_checkpoint(pair, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / RECIPE).write_text("model: tiny\n")
+    assert pair.run(monitored, str(tmp_path)) == ["step_00000001"] * 2
+
+
+class Randomness(Callback):
+    """A random number after every step, when everything else of the step is over."""
+
+    def __init__(self):
+        self.drawn = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.drawn.append(torch.rand(()).item())
+
+
+def trained(folder, asking):
+    """Weights, modes and random numbers of this rank after a short run."""
+    torch.manual_seed(3)
+    drawn, rank = Randomness(), int(os.environ["LOCAL_RANK"])
+    data = Questioned()
+    data.train = [tiny_batch(seed=10 * step + rank) for step in range(3)]
+    validation = Validation({"noise": Noise(5)}, every_n_steps=1, at_start=True, batch_size=BATCH, max_new_tokens=6, num_pictures=0)
+    settings = options("fsdp") | {"logger": TensorBoardLogger(folder, "run", version=""), "log_every_n_steps": 1}
+    model = Unseeded(**vars_of(tiny_model(ALL)))
+    tiny_trainer(steps=3, callbacks=[Asking([]), *([validation] if asking else []), drawn], **settings).fit(model, datamodule=data)
+    return weights(model), [module.training for module in model.modules()], drawn.drawn
+
+
+class Unseeded(TinyModel):
+    """Draws random numbers as they come, instead of anew at every micro-batch: one drawn by a validation would show."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        """Nothing."""
+
+
+def vars_of(model):
+    return {name: getattr(model, name) for name in ("vision_tower", "projector", "decoder", "learning_rates")}
+
+
+def test_training_on_two_ranks_does_not_notice(pair, tmp_path):
+    alone = pair.run(trained, str(tmp_path / "alone"), False)
+    asked = pair.run(trained, str(tmp_path / "asked"), True)
+    assert len(list((tmp_path / "asked/run/validation").glob("*.json"))) == 4
+    for (ours, modes, numbers), (theirs, their_modes, their_numbers) in zip(asked, alone, strict=True):
+        assert (modes, numbers) == (their_modes, their_numbers)
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)

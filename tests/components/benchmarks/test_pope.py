@@ -141,7 +141,7 @@ def test_questions(tmp_path):
     assert benchmark.read_image("1.jpg") == b"1.jpg"
     assert made(tmp_path).questions()[0].prompt == f"<image>\nIs there a 1?{END}"
     assert [question.group for question in made(tmp_path, splits=["popular"]).questions()] == ["popular"] * 3
-    assert made(tmp_path).fingerprint() == made(tmp_path).fingerprint() != benchmark.fingerprint()
+    assert made(tmp_path).questions() == made(tmp_path).questions() != benchmark.questions()
 
 
 def test_scores_by_hand(tmp_path):
