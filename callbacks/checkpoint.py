@@ -63,13 +63,13 @@ class Checkpoint(LightningCheckpoint):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Lightning counts micro-batches: count them as if the run had accumulated all along as it does from now on."""
+        self.last_step = checkpoint["global_step"]  # which is on disk
         counts = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
         shift = checkpoint["global_step"] * trainer.accumulate_grad_batches - counts["ready"]
         counts.update({name: count + shift for name, count in counts.items()})
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The step that the run continues from is on disk already; minutes count from now; what a kill left half-done goes."""
-        self.last_step = trainer.global_step
+        """Minutes count from now; what a kill left half-done goes."""
         self.last_time = time.monotonic()
         checkpoints = Path(trainer.log_dir or ".") / CHECKPOINTS  # log_dir talks to all ranks
         if trainer.is_global_zero:
@@ -129,7 +129,7 @@ class Checkpoint(LightningCheckpoint):
         score = scores[self.monitor]
         run = Path(trainer.log_dir or ".")  # log_dir talks to all ranks
         # one rank decides: a file system may show the others an older best.json
-        if not trainer.strategy.broadcast(self._is_best(run, score)):
+        if not trainer.strategy.broadcast(trainer.is_global_zero and self._is_best(run, score)):
             return
         self.save(trainer)
         if trainer.is_global_zero:
@@ -173,4 +173,5 @@ def _read_best(run: Path) -> dict[str, Any] | None:
         find_checkpoint(run / CHECKPOINTS / BEST, "checkpoint.monitor")
     except RecipeError:
         return None
-    return json.loads((run / CHECKPOINTS / BEST).read_text())
+    best = json.loads((run / CHECKPOINTS / BEST).read_text())
+    return best if {"monitor", "mode", "score", "step"} <= best.keys() else None

@@ -10,7 +10,6 @@ from lightning import Callback, LightningModule, Trainer
 
 from callbacks.validation.asking import ask, gather, raise_together
 from components.benchmarks import Benchmark, Question
-from components.chat_template import IMAGE_PLACEHOLDER
 from components.errors import RecipeError
 
 PART = ".part"
@@ -54,17 +53,17 @@ class Prediction(Callback):
         questions = {question.id: question for question in self.questions.questions()}
         known: dict[str, str] = {}
         error: RecipeError | None = None
-        if trainer.is_global_zero:
-            try:
-                known = self._written(questions)
-            except RecipeError as problem:
-                error = problem
+        try:
+            known = self._written(questions) if trainer.is_global_zero else {}
+            part = self._part(trainer.global_rank)
+        except (RecipeError, OSError) as problem:
+            error = RecipeError(str(problem))
         raise_together(trainer, error)
         answered = set(trainer.strategy.broadcast(list(known)))
         if answered and trainer.is_global_zero:
             print(f"{self.output}: {len(answered)} of {len(questions)} questions are answered already")
         left = [question for question in questions.values() if question.id not in answered]
-        with self._part(trainer.global_rank) as part:
+        with part:
 
             def keep(answers: dict[str, str]) -> None:
                 part.writelines(self._line(questions[name], answer) for name, answer in answers.items())
@@ -80,14 +79,14 @@ class Prediction(Callback):
         return {
             "question_id": question.facts["question_id"],
             "image": question.images[0] if len(question.images) == 1 else list(question.images),
-            "prompt": _asked(question),
+            "prompt": question.text,
             "text": answer,
             "model_id": self.model_id,
             "metadata": {"max_new_tokens": self.max_new_tokens},
         }
 
     def _line(self, question: Question, answer: str) -> str:
-        return json.dumps(self._row(question, answer), ensure_ascii=False) + "\n"
+        return json.dumps(self._row(question, answer)) + "\n"
 
     def _part(self, rank: int) -> TextIO:
         part = self.output.with_name(f"{self.output.name}.{rank}{PART}").open("a", encoding="utf-8", errors="replace")
@@ -101,7 +100,7 @@ class Prediction(Callback):
 
     def _written(self, questions: dict[str, Question]) -> dict[str, str]:
         """Answers of an earlier run to the same questions by the same model."""
-        asked = {(str(q.facts["question_id"]), _asked(q)): q for q in questions.values()}
+        asked = {(str(q.facts["question_id"]), q.text): q for q in questions.values()}
         answers: dict[str, str] = {}
         for path in [*([self.output] if self.output.is_file() else []), *self._parts()]:
             for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), start=1):
@@ -118,7 +117,7 @@ class Prediction(Callback):
 
     def _question_of(self, asked: dict[tuple[str, str], Question], row: Any, where: str) -> Question:
         """The question that a row answers, which was asked of the same model in the same way."""
-        if not isinstance(row, dict) or not {"question_id", "prompt", "text"} <= row.keys():
+        if not isinstance(row, dict) or not {"question_id", "prompt"} <= row.keys() or not isinstance(row.get("text"), str):
             raise RecipeError(f"{where} is no answer of this command. Name another --output.")
         question = asked.get((str(row["question_id"]), row["prompt"]))
         if question is None:
@@ -126,7 +125,7 @@ class Prediction(Callback):
                 f"{where} answers question {row['question_id']}, which the input does not ask so. Name another --output."
             )
         now = self._row(question, row["text"])
-        if changed := [f"{key} {row.get(key)} instead of {value}" for key, value in now.items() if row.get(key) != value]:
+        if changed := [f"{key} {row.get(key)!r} instead of {value!r}" for key, value in now.items() if row.get(key) != value]:
             raise RecipeError(f"{where} answers question {row['question_id']} with {', '.join(changed)}. Name another --output.")
         return question
 
@@ -138,7 +137,3 @@ class Prediction(Callback):
         for part in self._parts():
             part.unlink()
         print(f"{self.output}: {len(questions)} answers")
-
-
-def _asked(question: Question) -> str:
-    return question.prompt.replace(f"{IMAGE_PLACEHOLDER}\n", "", 1)

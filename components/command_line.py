@@ -23,10 +23,11 @@ from callbacks.throughput import Throughput
 from callbacks.validation import Validation
 from callbacks.warmup import Warmup
 from components.benchmarks import QuestionFile
+from components.benchmarks.report import PARTIAL
 from components.data import InstructionData
 from components.errors import RecipeError
 from components.recipe_files import explain, hint, named_recipes, read_recipe
-from components.run_folder import RECIPE, RUNS, STATE, changes, complete_checkpoints, find_checkpoint, run_name
+from components.run_folder import CHECKPOINTS, RECIPE, RUNS, STATE, changes, complete_checkpoints, find_checkpoint, run_name
 from components.sharding import HybridSharding
 from components.vlm import VisionLanguageModel
 
@@ -143,7 +144,8 @@ class RecipeCLI(LightningCLI):
         if self.subcommand != "fit":
             path = self._get(self.config, "ckpt_path") or str(self.folder)
             self.checkpoint: Path | None = find_checkpoint(path, "--ckpt_path")
-            self.folder = self.checkpoint.parent.parent  # what is asked of a run is kept with it
+            if self.checkpoint.parent.name == CHECKPOINTS and not self._get(self.config, "run"):
+                self.folder = self.checkpoint.parent.parent  # what is asked of a run is kept with it
         else:
             if self._get(self.config, "ckpt_path"):
                 raise RecipeError("fit continues its own run by itself; to start from other weights give model.initial_weights.")
@@ -231,7 +233,8 @@ class RecipeCLI(LightningCLI):
         if self.step >= self.trainer.max_steps:
             print("\n".join(table.read_text() for table in tables))
             validation = self._get(self.config, "validation")
-            if validation.at_end and len(tables) < len(validation.benchmarks):
+            asked = {table.name.rpartition("_step_")[0].removesuffix(PARTIAL) for table in tables}
+            if validation.at_end and not set(validation.benchmarks) <= asked:
                 print("Not every benchmark was asked at its end: python main.py test with the same --config asks them.")
         print(
             f"\nLook at the run:   tensorboard --logdir {self.folder}"

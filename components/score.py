@@ -1,7 +1,6 @@
 """`python main.py score`: a file of answers scored as a validation would score them, without a model."""
 
 import itertools
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ from jsonargparse import ArgumentParser
 
 from components import benchmarks
 from components.benchmarks import Benchmark
-from components.benchmarks.benchmark import listed
+from components.benchmarks.benchmark import demand_same_ids
 from components.benchmarks.records import is_of_validation, read_answers, read_record, states_prompts
 from components.benchmarks.report import Report
 from components.errors import RecipeError
@@ -38,47 +37,46 @@ def score(benchmark: Benchmark, answers: Path, output: Path | None = None, parti
     """
     if not answers.exists():
         raise RecipeError(f"--answers {answers} does not exist.")
+    report, known = (_of_validation if is_of_validation(answers) else _of_file)(benchmark, answers, partial, name)
+    table = report.table()
+    if output is None:
+        return table
     try:
-        report, known = (_of_validation if is_of_validation(answers) else _of_file)(benchmark, answers, partial)
-        report = replace(report, name=name)
-        if output is None:
-            return report.table()
-        written = report.write(
-            output, {key: known[key] for key in known.keys() - report.record().keys()} | {"answers": str(answers)}
-        )
-        return f"{report.table()}\nwritten: {written}\n"
-    except RecipeError as error:
-        raise RecipeError(f"--answers {answers}: {error}") from error
+        written = report.write(output, known | {"answers": str(answers)})
+    except OSError as error:
+        raise RecipeError(f"--output {output}: no record can be written there ({error.strerror}). Name another folder.") from error
+    return f"{table}\nwritten: {written}\n"
 
 
-def _of_validation(benchmark: Benchmark, answers: Path, partial: bool) -> tuple[Report, dict[str, Any]]:
+def _of_validation(benchmark: Benchmark, answers: Path, partial: bool, name: str) -> tuple[Report, dict[str, Any]]:
+    """The report, and what the record knows besides: step, recipe, decoding."""
     if partial:
-        raise RecipeError("all questions of a validation are answered: --partial has no effect. Leave it out.")
+        raise RecipeError(f"{answers} is of a validation, which leaves no question out: --partial has no effect. Leave it out.")
     record = read_record(answers)
-    stated = benchmark.stated()["class_path"]
-    if record.facts["benchmark"]["class_path"] != stated:
-        raise RecipeError(f"the record beside it is of {record.facts['benchmark']['class_path']}, not of {stated} (--benchmark).")
-    for key, value in (("prompt_hash", benchmark.prompt_hash()), ("split", benchmark.split)):
-        if record.facts[key] != value:
-            raise RecipeError(
-                f"the questions were asked with {key} {record.facts[key]}, not {value}; --benchmark cannot change that afterwards."
-            )
-    total = record.facts["questions"]
-    return Report("", f"from {answers.stem}", benchmark, record.asked, record.answers, total), record.facts
+    stated, given = record.facts["benchmark"], benchmark.stated()
+    if stated["class_path"] != given["class_path"]:
+        raise RecipeError(f"{record.path} is of {stated['class_path']}, not of {given['class_path']} (--benchmark).")
+    if (record.facts["prompt_hash"], record.facts["split"]) != (benchmark.prompt_hash(), benchmark.split):
+        raise RecipeError(
+            f"{record.path}: the questions were asked with {stated['init_args']}. Give prompt and split as they were, as "
+            "--benchmark.prompt."
+        )
+    report = Report(name, f"from {answers.stem}", benchmark, record.asked, record.answers, record.facts["questions"])
+    ours = {*report.record(), "shuffled_pictures"} - {"versions"}
+    known = {key: value for key, value in record.facts.items() if key not in ours}
+    return report, known | {"scored_with": report.record()["versions"]}
 
 
-def _of_file(benchmark: Benchmark, answers: Path, partial: bool) -> tuple[Report, dict[str, Any]]:
+def _of_file(benchmark: Benchmark, answers: Path, partial: bool, name: str) -> tuple[Report, dict[str, Any]]:
+    """The report, and whether the file says what was asked."""
     benchmark.setup(pictures=False)
     given, asked = read_answers(answers, benchmark), benchmark.questions()
     total = len(asked)
     if partial:
         asked = [question for question in asked if question.id in given]
-    elif given.keys() < {question.id for question in asked}:
-        missing = [question.id for question in asked if question.id not in given]
-        told = f"{len(missing)} of {total} questions have no answer: {listed(missing)}"
-        raise RecipeError(f"{told}. --partial true scores the others, and says so.")
+    demand_same_ids(f"--answers {answers}", asked, given, " --partial true scores the others, and says so.")
     when = f"from {answers.name if answers.is_dir() else answers.stem}"
-    return Report("", when, benchmark, asked, given, total), {"prompt_verified": states_prompts(answers)}
+    return Report(name, when, benchmark, asked, given, total), {"prompt_verified": states_prompts(answers)}
 
 
 def main(arguments: list[str]) -> int:

@@ -108,8 +108,8 @@ def test_answers_can_be_scored(predict, trained, tmp_path, capsys):
     [
         ({"prompt": "how many"}, "line 1 answers question 100, which the input does not ask so"),
         ({"question_id": "17"}, "line 1 answers question 17, which the input does not ask so"),
-        ({"image": "3.bmp"}, "line 1 answers question 100 with image 3.bmp instead of 0.bmp"),
-        ({"model_id": "other/step_1"}, "line 1 answers question 100 with model_id other/step_1 instead of small/step_00000004"),
+        ({"image": "3.bmp"}, "line 1 answers question 100 with image '3.bmp' instead of '0.bmp'"),
+        ({"model_id": "other/step_1"}, "line 1 answers question 100 with model_id 'other/step_1' instead of 'small/step_00000004'"),
         ({"metadata": {"max_new_tokens": 9}}, "with metadata {'max_new_tokens': 9} instead of {'max_new_tokens': 5}"),
         (None, "line 1 is no answer of this command"),
     ],

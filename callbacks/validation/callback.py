@@ -16,8 +16,9 @@ from callbacks.checkpoint import Checkpoint
 from callbacks.validation.asking import ask, exchange_pictures, gather
 from callbacks.validation.sheet import answer_sheet
 from components.benchmarks import Benchmark
-from components.benchmarks.report import Report
+from components.benchmarks.report import PARTIAL, Report
 from components.errors import RecipeError
+from components.recipe_files import hint
 from components.run_folder import RECIPE
 
 
@@ -34,7 +35,8 @@ class Validation(Callback):
         batch_size: Prompts that each rank answers together, >= 1. Each token of theirs takes 0.8 MB for a 13B decoder in bf16.
         max_new_tokens: Longest answer, in tokens, >= 1; LLaVA-1.5 is evaluated with 128.
         shuffled_pictures: Whether to ask once more with the pictures exchanged, at the end of training (without `at_end`, at every
-            validation) and in the commands validate and test: a model that looks at them falls to the text-only best or below.
+            validation on the way) and in the commands validate and test: a model that looks at them falls to the text-only best or
+            below.
         num_pictures: Pictures shown with question and answers in TensorBoard, >= 0.
 
     Raises:
@@ -97,33 +99,47 @@ class Validation(Callback):
             raise RecipeError(
                 f"checkpoint.monitor = {checkpoint.monitor} has no effect: validation is due neither on the way nor at_end."
             )
-        scores = []
+        scores: list[str] = []
         for name, benchmark in self.benchmarks.items():
-            partial = "_partial" * (len(benchmark.draw(self.limit)) < len(benchmark.questions()))
-            scores.append(f"{name}{partial}/{benchmark.headline}")
-        if checkpoint.monitor.split("/")[0] not in {score.split("/")[0] for score in scores}:
-            known = ", ".join(scores) or "none"
-            raise RecipeError(f"checkpoint.monitor = {checkpoint.monitor} is no score of this validation. Headlines are: {known}.")
+            asked = benchmark.draw(self.limit)
+            silent = Report(
+                name, "before training", benchmark, asked, {question.id: "" for question in asked}, len(benchmark.questions())
+            )
+            scores += silent.logged()
+        if checkpoint.monitor not in scores:
+            told = f"checkpoint.monitor = {checkpoint.monitor} is no score of this validation.{hint(checkpoint.monitor, scores)}"
+            raise RecipeError(f"{told} Its scores are: {', '.join(scores) or 'none'}.")
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Remember the step of the weights: validate and test do not restore the trainer's."""
         self.loaded_step = checkpoint["global_step"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validate what the run starts from."""
-        if self.at_start and trainer.global_step == 0:
-            self.validate(trainer, pl_module, 0, self.limit, shuffled_pictures=False)
+        """Validate what the run starts from, or make up for a validation that was interrupted after its checkpoint."""
+        step = trainer.global_step
+        missing = trainer.strategy.broadcast(self._left_out(Path(trainer.log_dir or "."), step))  # log_dir talks to all ranks
+        if (step == 0 and self.at_start) or (step and self._due(step) and missing):
+            self.validate(trainer, pl_module, step, self.limit, self.shuffled_pictures and not self.at_end and step > 0)
+
+    def _due(self, step: int) -> bool:
+        return self.every_n_steps is not None and step % self.every_n_steps == 0
+
+    def _left_out(self, run: Path, step: int) -> bool:
+        """Whether the answers of a step to a benchmark have not been written."""
+        names = (name + self._suffix(benchmark) for name, benchmark in self.benchmarks.items())
+        return not all((run / "validation" / f"{name}_step_{step}.json").is_file() for name in names)
+
+    def _suffix(self, benchmark: Benchmark) -> str:
+        return PARTIAL if len(benchmark.draw(self.limit)) < len(benchmark.questions()) else ""
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         """Validate when it is due, and only between optimizer steps."""
-        if self.every_n_steps is None or (batch_idx + 1) % trainer.accumulate_grad_batches:
-            return
         left_to_the_end = self.at_end and trainer.global_step >= trainer.max_steps
-        for checkpoint in _checkpoints(trainer):  # Lightning calls them last: a validation that fails should lose nothing
-            checkpoint.save_if_due(trainer)
-        if trainer.global_step % self.every_n_steps == 0 and not left_to_the_end:
+        if not (batch_idx + 1) % trainer.accumulate_grad_batches and self._due(trainer.global_step) and not left_to_the_end:
+            for checkpoint in _checkpoints(trainer):  # Lightning calls them last: a validation that fails should lose nothing
+                checkpoint.save_if_due(trainer)
             self.validate(trainer, pl_module, trainer.global_step, self.limit, self.shuffled_pictures and not self.at_end)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -160,8 +176,8 @@ class Validation(Callback):
                 report = Report(name, f"at step {step}", benchmark, asked, answers, len(benchmark.questions()), exchanged, others)
                 try:
                     logged = report.logged()
-                    self._show(trainer, report, step)
                     report.write(run / "validation", self._provenance(trainer, run, step))
+                    self._show(trainer, report, step)
                 except Exception as error:  # the other ranks wait for the scores: they must end as well
                     logged = error
             logged = trainer.strategy.broadcast(logged)

@@ -39,6 +39,11 @@ class Question:
     group: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def text(self) -> str:
+        """The prompt as answer files have it: without the place of a picture before it."""
+        return self.prompt.removeprefix(f"{IMAGE_PLACEHOLDER}\n")
+
 
 class Benchmark(ABC):
     """Questions out; answers in, metrics out. The same questions always give the same ids, prompts and metrics.
@@ -199,8 +204,14 @@ def unit(question: Question) -> str:
     return " ".join(question.images) or question.id
 
 
-def demand_same_ids(where: str, asked: Sequence[Question], answers: Mapping[str, str]) -> None:
+def demand_same_ids(where: str, asked: Sequence[Question], answers: Mapping[str, str], remedy: str = "") -> None:
     """Every question that was asked has an answer, and no other has.
+
+    Args:
+        where: What is checked, for the message.
+        asked: The questions.
+        answers: Answers by question id.
+        remedy: What to do about missing answers, for the message.
 
     Raises:
         RecipeError: It is not so; the message names the ids.
@@ -210,7 +221,7 @@ def demand_same_ids(where: str, asked: Sequence[Question], answers: Mapping[str,
         counted = f"{len(unknown)} of {len(answers)} answers"
         raise RecipeError(f"{where}: {counted} are to questions that were not asked: {listed(unknown)}.")
     if missing := [name for name in ids if name not in answers]:
-        raise RecipeError(f"{where}: {len(missing)} of {len(ids)} questions have no answer: {listed(missing)}.")
+        raise RecipeError(f"{where}: {len(missing)} of {len(ids)} questions have no answer: {listed(missing)}.{remedy}")
     if not ids:
         raise RecipeError(f"{where}: there are no questions, so there is no score.")
 

@@ -88,7 +88,7 @@ class MME(Benchmark):
     def describe(self) -> str:
         """The folder, and whether it holds all of the release."""
         found = len(self._questions)
-        return f"MME in {self.folder}" + (f"; {found:,} questions instead of {_RELEASED:,}" if found != _RELEASED else "")
+        return f"MME in {self.folder}" + (f"; {found:,} questions instead of {_RELEASED:,}" if found not in (0, _RELEASED) else "")
 
     def normalize(self, answer: str) -> str:
         """`yes`, `no` or `other`, from the first four characters: `snow` is no, `I say yes` is other."""
@@ -170,10 +170,11 @@ class MME(Benchmark):
         Raises:
             RecipeError: A file is missing, a line has another form or answers no question, or a question is answered twice.
         """
-        _demand_subtasks(folder, ".txt", "Name the folder of the 14 result files, <subtask>.txt.")
+        remedy = "Name the folder of the 14 result files, <subtask>.txt."
+        _demand_subtasks(folder, ".txt", remedy)
         answers: dict[str, str] = {}
         for subtask in SUBTASKS:
-            for where, (image, text, _, answer) in _rows(folder / f"{subtask}.txt", (4,)):
+            for where, (image, text, _, answer) in _rows(folder / f"{subtask}.txt", (4,), remedy):
                 found = self._ids.get(_key(f"{subtask}/{image}", _asked_by_llava(text)))
                 if found is None:
                     raise RecipeError(f"{where}: {self.describe()} has no question {text!r} about {subtask}/{image}.")
@@ -225,12 +226,12 @@ def _pairs_of_file(file: Path) -> dict[str, list[tuple[str, str]]]:
     return {image: _pair(f"{file}, {image}", rows) for image, rows in lines.items()}
 
 
-def _rows(file: Path, widths: tuple[int, ...]) -> Iterator[tuple[str, list[str]]]:
+def _rows(file: Path, widths: tuple[int, ...], remedy: str = _GET) -> Iterator[tuple[str, list[str]]]:
     """Place and cells of each line. Cells are not stripped: the spaces before an answer count."""
     try:
         lines = file.read_text(encoding="utf-8").split("\n")
     except (OSError, ValueError) as error:
-        raise RecipeError(f"{file} cannot be read: {error}. {_GET}") from error
+        raise RecipeError(f"{file} cannot be read: {error}. {remedy}") from error
     for number, line in enumerate(lines, start=1):
         cells = line.split("\t")
         if line.strip() and len(cells) not in widths:

@@ -124,7 +124,9 @@ class POPE(Benchmark):
         shown = str(dict(row))[:200]
         try:
             split, number = divmod(int(row["question_id"]), _MERGED_STEP)
-            question = self._by_id[f"{_MERGED[max(split, 0)]}/{number if split >= 0 else 'none'}"]
+            if split < 0:  # which would count from the end
+                raise KeyError(split)
+            question = self._by_id[f"{_MERGED[split]}/{number}"]
         except (KeyError, IndexError, ValueError, TypeError) as error:
             raise RecipeError(
                 f"{self.describe()} has no question for the row {shown}. A row gives our `id`, or the `question_id` of LLaVA's "

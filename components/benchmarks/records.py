@@ -9,7 +9,6 @@ from jsonargparse import ArgumentError, ArgumentParser
 from components.annotations import Annotations
 from components.benchmarks.benchmark import Benchmark, Question, listed
 from components.benchmarks.files import read_json
-from components.chat_template import IMAGE_PLACEHOLDER
 from components.errors import RecipeError
 
 _STATED = {"name", "when", "benchmark", "version", "split", "prompt_hash", "questions"}
@@ -69,7 +68,11 @@ def rebuilt(stated: dict[str, Any], where: Path) -> Benchmark:
 
 def is_of_validation(path: Path) -> bool:
     """Whether an answer file holds the questions too, as those of a validation do."""
-    return path.is_file() and {"id", "prompt", "images", "reference", "facts", "answer"} <= Annotations(path)[0].keys()
+    return (
+        path.suffix == ".jsonl"
+        and path.is_file()
+        and {"id", "prompt", "images", "reference", "facts", "answer"} <= Annotations(path)[0].keys()
+    )
 
 
 def asked_and_answered(path: Path) -> tuple[list[Question], dict[str, str]]:
@@ -94,7 +97,7 @@ def asked_and_answered(path: Path) -> tuple[list[Question], dict[str, str]]:
 
 def states_prompts(path: Path) -> bool:
     """Whether an answer file says what was asked, as LLaVA's do."""
-    return path.is_file() and bool(Annotations(path)[0].get("prompt"))
+    return path.is_file() and all(row.get("prompt") for row in Annotations(path))
 
 
 def read_answers(path: Path, benchmark: Benchmark) -> dict[str, str]:
@@ -110,7 +113,7 @@ def read_answers(path: Path, benchmark: Benchmark) -> dict[str, str]:
     if path.is_dir():
         return benchmark.read_results(path)
     answers, records, unscored = _Answers(path), Annotations(path), benchmark.unscored()
-    prompts = {question.id: question.prompt.removeprefix(f"{IMAGE_PLACEHOLDER}\n") for question in benchmark.questions()}
+    questions = {question.id: question for question in benchmark.questions()}
     for index, row in enumerate(records):
         text = next((row[key] for key in _TEXTS if isinstance(row.get(key), str)), None)
         if text is None:
@@ -122,10 +125,10 @@ def read_answers(path: Path, benchmark: Benchmark) -> dict[str, str]:
             raise RecipeError(f"{records.where(index)} does not say which question of the benchmark it answers: {told}.") from error
         except RecipeError as error:
             raise RecipeError(f"{records.where(index)}: {error}") from error
-        asked = row.get("prompt") or prompts.get(name)
-        if name in prompts and asked != prompts[name]:
+        asked, question = row.get("prompt"), questions.get(name)
+        if question and asked and asked not in (question.text, question.prompt):
             raise RecipeError(
-                f"{records.where(index)}: question {name} was asked as {asked!r}, but the benchmark asks {prompts[name]!r}. Give "
+                f"{records.where(index)}: question {name} was asked as {asked!r}, but the benchmark asks {question.text!r}. Give "
                 "the prompt that was used with --benchmark.prompt."
             )
         if name not in unscored:

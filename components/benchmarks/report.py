@@ -14,6 +14,8 @@ from components.benchmarks.benchmark import Benchmark, Question, demand_same_ids
 from components.benchmarks.tally import CONFIDENCE, RESAMPLES, Tally, interval
 from components.chat_template import IMAGE_PLACEHOLDER
 
+PARTIAL = "_partial"
+"""Ends the name of a result over a part of the questions."""
 WORST = 5
 _SHARE_PROMPT = 2  # questions to a prompt, on average
 _PACKAGES = ("torch", "transformers", "lightning", "open_clip_torch", "numpy", "pillow")
@@ -51,7 +53,7 @@ class Report:
     @property
     def shown_name(self) -> str:
         """The name in the log, in the table and of the files; never that of a full result when it is partial."""
-        return f"{self.name}_partial" if self.partial else self.name
+        return self.name + (PARTIAL if self.partial else "")
 
     @cached_property
     def metrics(self) -> dict[str, float]:
@@ -73,12 +75,13 @@ class Report:
 
     @cached_property
     def text_only_best(self) -> dict[str, float]:
-        """What the best answers without pictures score on the questions that were asked.
+        """What the best answers without pictures score on the questions that were asked, if the score is accuracy.
 
         Empty where few questions share a prompt: there the best answers are the answers themselves, learned by heart.
         """
         prompts = {question.prompt for question in self.asked}
-        if len(self.asked) < _SHARE_PROMPT * len(prompts) or not any(question.reference for question in self.asked):
+        right_or_wrong = self.benchmark.by_group == "accuracy" and any(question.reference for question in self.asked)
+        if not right_or_wrong or len(self.asked) < _SHARE_PROMPT * len(prompts):
             return {}
         return self.benchmark.score(text_only_best(self.benchmark, self.asked), self.asked)
 

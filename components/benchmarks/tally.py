@@ -90,9 +90,9 @@ def ratio(numerator: Sums, denominator: Sums, empty: float = np.nan) -> Sums:
 
 
 def interval(values: Float64[np.ndarray, " resamples"]) -> tuple[float, float] | None:
-    """The middle 95 % of resampled values; those without a value are left out. None where all are alike.
+    """The middle 95 % of resampled values; those without a value are left out. None where its ends coincide.
 
-    Units that all count alike, such as a single one, or all right ones, say nothing about the spread.
+    They do where units count alike, such as a single one or right ones alone: these say nothing about the spread.
     """
     tail = (1 - CONFIDENCE) / 2
     low, high = np.nanquantile(values, [tail, 1 - tail])

@@ -81,7 +81,7 @@ def test_a_validation_that_fails_loses_no_checkpoint(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"limit": 3}, r"Headlines are: squares_partial/accuracy\."),
+        ({"limit": 3}, r"Did you mean squares_partial/accuracy\?"),
         ({"every_n_steps": None, "at_end": False}, "has no effect: validation is due neither on the way nor at_end"),
     ],
 )
@@ -92,7 +92,9 @@ def test_a_score_that_will_not_be_there_is_told_before_training(tmp_path, option
 
 
 def test_a_metric_that_is_no_score_names_those_there_are(tmp_path):
-    with pytest.raises(RecipeError, match=r"squares/loss is no score .* Its scores: squares/accuracy/dark, "):
+    with pytest.raises(
+        RecipeError, match=r"squares/loss is no score of this validation\. .* Its scores are: squares/accuracy/dark, "
+    ):
         run(tmp_path, monitor="squares/loss")
 
 
@@ -125,8 +127,22 @@ def test_a_restart_keeps_the_best_of_before(tmp_path, monkeypatch):
     assert checkpoint_folder(folder, 3) in complete_checkpoints(folder)
 
 
+def test_a_validation_that_was_interrupted_is_made_up_for(tmp_path, monkeypatch):
+    """Killed at step 2 between its checkpoint and its answers: the run goes on from step 2, and asks first."""
+    options = {"monitor": "squares/accuracy", "at_start": False}
+    folder = run(tmp_path, **options)
+    shutil.rmtree(checkpoint_folder(folder, 4))
+    (folder / CHECKPOINTS / BEST).unlink()
+    record = folder / "validation/squares_step_2.json"
+    before = json.loads(record.read_text())
+    record.unlink()
+    run(tmp_path, checkpoint_folder(folder, 2) / "state", **options)
+    assert json.loads(record.read_text()) == before
+    assert best(folder)["step"] == 2
+
+
 def test_a_score_that_there_is_not_names_those_there_are(tmp_path):
     with pytest.raises(
-        RecipeError, match=r"checkpoint\.monitor = gqa/accuracy is no score of this validation\. Headlines are: squares/acc"
+        RecipeError, match=r"checkpoint\.monitor = gqa/accuracy is no score of this validation\. Did you mean squares/accuracy"
     ):
         run(tmp_path, monitor="gqa/accuracy")

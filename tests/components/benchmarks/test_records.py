@@ -200,28 +200,36 @@ def test_a_part_is_scored_when_told_to_and_called_so(files: Path, capsys: pytest
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        (["pope"], "own_step_7.json is of components.benchmarks.short_answer.ShortAnswer, not of components.benchmarks.pope.POPE"),
         (
-            ["pope"],
-            "the record beside it is of components.benchmarks.short_answer.ShortAnswer, not of components.benchmarks.pope.POPE",
+            ["own.yaml", "--benchmark.prompt", "{question}!"],
+            "'prompt': '{question}', 'normalizer': 'short'}. Give prompt and split as",
         ),
-        (["own.yaml", "--benchmark.prompt", "{question}!"], "the questions were asked with prompt_hash e4757ba4, not "),
+        (["own.yaml", "--partial", "true"], "--partial has no effect"),
     ],
 )
 def test_answers_of_a_validation_are_scored_as_what_they_are(files, options, words, capsys) -> None:
     path = recorded("a", wrong_in({0}))
-    arguments = ["score", "--benchmark", *options, "--answers", str(path.with_suffix(".jsonl"))]
-    code, shown = told(*arguments, capsys=capsys)
+    answers = str(path.with_suffix(".jsonl"))
+    code, shown = told("score", "--benchmark", *options, "--answers", answers, capsys=capsys)
     assert code == 2 and words in shown
-    code, shown = told("score", "--benchmark", "own.yaml", "--answers", arguments[-1], "--output", "again", capsys=capsys)
+    code, shown = told("score", "--benchmark", "own.yaml", "--answers", answers, "--output", "again", capsys=capsys)
     assert code == 0
     again = json.loads(Path("again/own_own_step_7.json").read_text())
-    assert (again["step"], again["template"], again["answers"]) == (7, "a", arguments[-1])
+    assert (again["step"], again["template"], again["answers"]) == (7, "a", answers)
+    assert again["versions"] == again["scored_with"]
     assert again["metrics"] == json.loads(path.read_text())["metrics"]
 
 
 def test_what_is_no_record_and_no_answer_file(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = recorded("a", wrong_in({0}))
     arguments = ["score", "--benchmark", "own.yaml", "--answers"]
+    Path("taken").write_text("")
+    shown = told(*arguments, str(path.with_suffix(".jsonl")), "--output", "taken", capsys=capsys)[1]
+    assert "--output taken: no record can be written there" in shown
+    edited = path.with_suffix(".edited")
+    edited.write_text(path.with_suffix(".jsonl").read_text().replace('"answer": "', '"answer": "x'))
+    assert re.search(r"all +60 +0\.000", told(*arguments, str(edited), capsys=capsys)[1])  # that file, not the one beside it
     assert "--answers nowhere.jsonl does not exist" in told(*arguments, "nowhere.jsonl", capsys=capsys)[1]
     assert "a is a folder, but the answers to eval.jsonl" in told(*arguments, "a", capsys=capsys)[1]
     assert "none.json does not exist" in told("compare", "none.json", str(path), capsys=capsys)[1]

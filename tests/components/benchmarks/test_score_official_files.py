@@ -91,7 +91,7 @@ def test_an_answer_to_something_else_is_named_with_its_line(score, kind):
     changed[2] = changed[2] | {key: "99999999"}
     code, said = score(benchmark, *options, "--answers", rewritten(file, changed))
     assert code == 2
-    assert said.startswith("error: --answers changed.json")
+    assert said.startswith(("error: --answers changed.json", "error: changed.jsonl line 3: "))
     assert "99999999" in said
 
 
@@ -102,6 +102,14 @@ def test_mmes_folder_of_results(score, golden, results):
     assert code == 0 and table.startswith(f"mme from {results}: ")
     assert value(table, "perception") == f"{expected['perception_total']:.2f}"
     assert value(table, "cognition") == f"{expected['cognition_total']:.2f}"
+
+
+def test_a_rescored_validation_is_described_as_it_was(score):
+    options, file = FILES["LLaVA, MME"][1:3]
+    assert "; 2,374 questions" not in score("mme", *options, "--answers", file, "--output", "out")[1]
+    record = "out/mme_partial_llava-v1.5-7b_answers.json"
+    assert main.main(["compare", record, record]) == 0
+    assert "0 questions" not in score("mme", *options[:2], "--answers", record + "l")[1]
 
 
 def test_gqas_file_may_answer_unbalanced_questions(score):
