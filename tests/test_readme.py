@@ -116,6 +116,20 @@ def test_recipe_block_resolves(tmp_path, monkeypatch, capsys):
     assert yaml.safe_load(capsys.readouterr().out)["data"]["global_batch_size"] == 256
 
 
+def test_validation_block_resolves_over_a_recipe(tmp_path, capsys):
+    block = block_with("monitor: gqa_partial/accuracy").replace("benchmark/", f"{ROOT}/recipes/benchmark/")
+    (tmp_path / "overlay.yaml").write_text(block)
+    with pytest.raises(SystemExit) as end:
+        recipe = str(ROOT / "recipes/llava15_7b_finetune.yaml")
+        main.main(["fit", "--config", recipe, "--config", str(tmp_path / "overlay.yaml"), "--print_config"])
+    assert end.value.code == 0
+    resolved = yaml.safe_load(capsys.readouterr().out)
+    stated = yaml.safe_load(block)
+    assert set(resolved["validation"].pop("benchmarks")) == set(stated["validation"].pop("benchmarks"))
+    for section, values in stated.items():
+        assert values.items() <= resolved[section].items()
+
+
 @pytest.mark.parametrize("command", ["ask", "import", "export", "score", "compare"])
 def test_options_of_commands_without_a_recipe_exist(command, capsys):
     with pytest.raises(SystemExit):
