@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+if "PYTEST_XDIST_WORKER" in os.environ:  # test files run side by side: each on a core of its own
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
 
@@ -15,6 +17,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
+
+
+def pytest_collection_modifyitems(items):
+    """Tests of two processes take both cores and share them: one after another, on the same worker."""
+    for item in items:
+        if "distributed" in item.path.parts:
+            item.add_marker(pytest.mark.xdist_group("two processes"))
 
 
 @pytest.fixture(autouse=True)

@@ -72,7 +72,8 @@ def test_scores_of_official_layouts_rise(
 
     # the same answers, scored without the model, and the difference between two steps
     answers = [f"runs/short/validation/mme_step_{step}.jsonl" for step in (0, 40)]
-    score = ["score", "--benchmark", "components.benchmarks.MME", "--benchmark.folder", str(tmp_path / "mme"), "--answers"]
+    options = ["--benchmark.folder", str(tmp_path / "mme"), "--benchmark.prompt", "{question}"]
+    score = ["score", "--benchmark", "components.benchmarks.MME", *options, "--answers"]
     assert main.main([*score, answers[1]]) == 0
     assert f"{kept['metrics']['perception']:.2f}" in capsys.readouterr().out
     assert main.main(["compare", *answers]) == 0

@@ -144,6 +144,7 @@ def test_a_tensor_gone_wrong_stops_the_export(tensor, check, trained, monkeypatc
     assert "out.unfinished exists" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_chat_template_gone_wrong_stops_the_export(trained, monkeypatch, capsys):
     right = exporting.to_jinja
     monkeypatch.setattr(exporting, "to_jinja", lambda *arguments: right(*arguments).replace("Q:", "A:"))
@@ -213,7 +214,7 @@ def test_the_number_format_is_that_of_the_run(trainer, stored, expected):
     [
         ({"decoder": {"init_args": {"lora": {"rank": 2, "alpha": 8.0, "target_modules": "all-linear"}}}}, False),
         pytest.param({"decoder": {"init_args": {"config": {"tie_word_embeddings": True}}}}, False, marks=pytest.mark.slow),
-        ({"vision_tower": {"init_args": {"feature_layer": -1}}}, True),
+        pytest.param({"vision_tower": {"init_args": {"feature_layer": -1}}}, True, marks=pytest.mark.slow),
         pytest.param({"vision_tower": {"init_args": {"config": {"quick_gelu": False}}}}, False, marks=pytest.mark.slow),
     ],
     ids=["LoRA", "tied", "sharded, last layer", "GELU"],
@@ -237,7 +238,8 @@ def test_a_siglip_tower():
     assert (config["vision_config"]["model_type"], config["vision_feature_select_strategy"]) == ("siglip_vision_model", "full")
 
 
-@pytest.mark.parametrize("template", ["plain", pytest.param("llava_llama_2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("template", ["plain", "llava_llama_2"])
 def test_other_templates(template, tmp_path):
     write_checkpoint(Path("runs/random"), MLP_MODEL, False)
     file = next(Path("runs/random").glob("checkpoints/*/recipe.yaml"))

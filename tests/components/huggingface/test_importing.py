@@ -133,6 +133,7 @@ def test_an_imported_run_can_be_validated_and_started_from(folders, tmp_path):
     assert all((before[name].float() - tensor).abs().max() < 0.05 for name, tensor in after.items())
 
 
+@pytest.mark.slow
 def test_a_tied_decoder_and_one_with_a_null_stay_what_they_are(tmp_path):
     folder = hugging_face_folder(tmp_path / "other", dtype=torch.bfloat16)
     state = {name: tensor for name, tensor in state_of(folder).items() if "lm_head" not in name}
