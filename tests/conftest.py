@@ -19,13 +19,6 @@ ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 
 
-def pytest_collection_modifyitems(items):
-    """Tests of two processes take both cores and share them: one after another, on the same worker."""
-    for item in items:
-        if "distributed" in item.path.parts:
-            item.add_marker(pytest.mark.xdist_group("two processes"))
-
-
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     """Indices of annotation files go to a folder of the test session."""
