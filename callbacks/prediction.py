@@ -40,13 +40,17 @@ class Prediction(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Open the questions, and make room for the answers, before the model is built."""
-        self.questions.setup()
+        problem: RecipeError | None = None
         try:
+            self.questions.setup(pictures=trainer.is_global_zero)  # one rank looks for thousands of files
             self.output.parent.mkdir(parents=True, exist_ok=True)
+            if self.output.is_dir():
+                raise RecipeError(f"--output {self.output} is a folder. Name a file in it.")
+        except RecipeError as error:
+            problem = error
         except OSError as error:
-            raise RecipeError(f"--output {self.output}: its folder cannot be made ({error.strerror}). Name another.") from error
-        if self.output.is_dir():
-            raise RecipeError(f"--output {self.output} is a folder. Name a file in it.")
+            problem = RecipeError(f"--output {self.output}: its folder cannot be made ({error.strerror}). Name another.")
+        raise_together(trainer, problem)
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Answer what is not answered yet, then write all answers into one file."""
@@ -136,4 +140,4 @@ class Prediction(Callback):
         os.replace(unfinished, self.output)
         for part in self._parts():
             part.unlink()
-        print(f"{self.output}: {len(questions)} answers")
+        print(f"{self.output}: {len(questions)} answers\nScore them: python main.py score --benchmark NAME --answers {self.output}")

@@ -27,7 +27,7 @@ from components.benchmarks.report import PARTIAL
 from components.data import InstructionData
 from components.errors import RecipeError
 from components.recipe_files import explain, hint, named_recipes, read_recipe
-from components.run_folder import CHECKPOINTS, RECIPE, RUNS, STATE, changes, complete_checkpoints, find_checkpoint, run_name
+from components.run_folder import BEST, CHECKPOINTS, RECIPE, RUNS, STATE, changes, complete_checkpoints, find_checkpoint, run_name
 from components.sharding import HybridSharding
 from components.vlm import VisionLanguageModel
 
@@ -212,12 +212,14 @@ class RecipeCLI(LightningCLI):
         if not self._get(self.config, "validation").benchmarks and not self.datamodule.validation_names:
             raise RecipeError(f"The recipe holds no samples out (validation_fraction) and names no benchmark. {NAME_BENCHMARKS}")
         self.trainer.validate(verbose=False, **kwargs)
+        self._where_answers_are()
 
     def test(self, **kwargs: Any) -> None:
         """Every question of every benchmark."""
         if not self._get(self.config, "validation").benchmarks:
             raise RecipeError(f"The recipe names no benchmark. {NAME_BENCHMARKS}")
         self.trainer.test(verbose=False, **kwargs)
+        self._where_answers_are()
 
     def predict(self, **kwargs: Any) -> None:
         """The questions of a file."""
@@ -227,6 +229,10 @@ class RecipeCLI(LightningCLI):
         model_id = f"{self.checkpoint.parent.parent.name}/{self.checkpoint.name}"
         self.trainer.callbacks.append(prediction(model_id=model_id, **options))  # type: ignore[attr-defined]
         self.trainer.predict(return_predictions=False, **{name: value for name, value in kwargs.items() if name not in names})
+
+    def _where_answers_are(self) -> None:
+        if self.trainer.is_global_zero and self._get(self.config, "validation").benchmarks:
+            print(f"Answers and records: {self.folder / 'validation'}\nCompare two of them: python main.py compare RECORD RECORD")
 
     def _next_steps(self) -> None:
         tables = sorted((self.folder / "validation").glob(f"*_step_{self.trainer.max_steps}.txt"))
@@ -240,6 +246,8 @@ class RecipeCLI(LightningCLI):
             f"\nLook at the run:   tensorboard --logdir {self.folder}"
             f'\nAsk the model:     python main.py ask --ckpt {self.folder} --image PICTURE --question "..."'
         )
+        if (best := self.folder / CHECKPOINTS / BEST).is_file():
+            print(f"Test the best:     python main.py test with the same --config and --ckpt_path {best}")
         sys.stdout.flush()
 
 

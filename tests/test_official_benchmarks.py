@@ -1,5 +1,6 @@
 """GQA, MME, VizWiz-VQA and POPE inside a training run, from files in their official layouts."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,10 @@ def test_scores_of_official_layouts_rise(
     assert "consistency is not available: " in shown
     kept = record(run, "mme_step_40")
     assert (kept["prompt"], kept["partial"], kept["metrics"]["count"]) == ("{question}", False, 28.0)
+
+    recipe = (run / "recipe.yaml").read_bytes()
+    assert kept["recipe_hash"] == hashlib.blake2b(recipe, digest_size=16).hexdigest()
+    assert (kept["decoding"]["max_new_tokens"], kept["template"]) == (4, "brief")
 
     # the same answers, scored without the model, and the difference between two steps
     answers = [f"runs/short/validation/mme_step_{step}.jsonl" for step in (0, 40)]
@@ -150,7 +155,9 @@ def test_vizwiz_test_gives_a_file_for_the_server(tmp_path: Path, monkeypatch: py
     upload = json.loads(Path("runs/one/validation/upload_step_1.upload.json").read_text())
     assert [row["image"] for row in upload] == [f"VizWiz_test_{number:08}.jpg" for number in range(6)]
     assert all(isinstance(row["answer"], str) for row in upload)
-    assert "accuracy is not available: " in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "accuracy is not available: " in shown
+    assert "Answers and records: runs/one/validation" in shown and "python main.py compare RECORD RECORD" in shown
 
 
 @pytest.mark.slow

@@ -57,6 +57,7 @@ def rows(file: Path) -> list[dict]:
 def test_answers_are_those_of_ask_in_the_order_of_the_questions(predict, trained, tmp_path):
     code, said = predict("--batch_size", "4")
     assert code == 0, said
+    assert f"Score them: python main.py score --benchmark NAME --answers {tmp_path / 'answers.jsonl'}" in said
     asked, answered = rows(trained / "questions.jsonl"), rows(tmp_path / "answers.jsonl")
     assert [row["question_id"] for row in answered] == [row["question_id"] for row in asked]
     for question, answer in zip(asked[:4], answered[:4], strict=True):

@@ -19,7 +19,7 @@ DROPOUT = {"lora": {"rank": 2, "alpha": 2.0, "dropout": 0.5, "target_modules": "
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
 
 
-def test_training_with_and_without_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_with_and_without_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     shared = {
         "data": {"num_workers": 1, "global_batch_size": 8},
@@ -31,6 +31,7 @@ def test_training_with_and_without_validation(tmp_path: Path, monkeypatch: pytes
     monitored = {"validation": asking, "checkpoint": {"every_n_steps": 2, "monitor": "shapes/accuracy"}}
     assert fit(write_recipe(tmp_path / "with.yaml", **shared, **monitored)) == 0
     assert len(list(Path("runs/with/validation").glob("*.json"))) == 5
+    assert "--ckpt_path runs/with/checkpoints/best.json" in capsys.readouterr().out
     assert diary(Path("runs/with")) == diary(Path("runs/without"))
     asked, alone = (weights(load(checkpoint_folder(Path("runs", name), 4))[0]) for name in ("with", "without"))
     assert asked.keys() == alone.keys()

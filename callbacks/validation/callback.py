@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from tqdm import tqdm
 
 from callbacks.checkpoint import Checkpoint
-from callbacks.validation.asking import ask, exchange_pictures, gather
+from callbacks.validation.asking import ask, exchange_pictures, gather, raise_together
 from callbacks.validation.sheet import answer_sheet
 from components.benchmarks import Benchmark
 from components.benchmarks.report import PARTIAL, Report
@@ -80,13 +80,15 @@ class Validation(Callback):
         if stage == "predict":
             return
         for name, benchmark in self.benchmarks.items():
+            problem: RecipeError | None = None
             try:
-                benchmark.setup()
+                benchmark.setup(pictures=trainer.is_global_zero)  # one rank looks for thousands of files
                 asked = benchmark.draw(None if stage == "test" else self.limit)
                 if self.shuffled_pictures:
                     exchange_pictures(asked)
             except RecipeError as error:
-                raise RecipeError(f"validation.benchmarks.{name}: {error}") from error
+                problem = RecipeError(f"validation.benchmarks.{name}: {error}")
+            raise_together(trainer, problem)
         if stage == "fit":
             for checkpoint in _checkpoints(trainer):
                 self._demand_monitored(checkpoint)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from collections import Counter
 
 import pytest
@@ -137,6 +138,18 @@ def test_every_question_is_answered_once_at_the_end(tmp_path, workers):
     assert [len(batch) for batch in model.asked] == [3, 3, 1]
     assert model.asked[0][0] == "q5"  # the longest prompt first
     assert Counter(name for batch in model.asked for name in batch) == {f"q{number}": 1 for number in range(7)}
+
+
+def test_pictures_are_decoded_in_the_workers(tmp_path):
+    class Traced(Brightness):
+        def read_image(self, name):
+            with (tmp_path / "readers").open("a") as file:
+                file.write(f"{os.getpid()}\n")
+            return super().read_image(name)
+
+    fit(tmp_path, Validation({"squares": Traced()}, num_pictures=0), data=Data(num_workers=1))
+    readers = set((tmp_path / "readers").read_text().split())
+    assert len(readers) == 1 and str(os.getpid()) not in readers
 
 
 def test_table_log_and_files(tmp_path, capsys):
