@@ -10,7 +10,6 @@ import pytest
 import torch
 from lightning import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
-from pair import Pair
 from PIL import Image
 from tiny import (
     ALL,
@@ -120,13 +119,6 @@ def asked(strategy, benchmarks):
     asking = Asking(benchmarks)
     tiny_trainer(callbacks=[asking], **options(strategy)).fit(tiny_model(TOWER_FROZEN), datamodule=Questioned())
     return asking.kept
-
-
-@pytest.fixture(scope="module")
-def pair():
-    pair = Pair()
-    yield pair
-    pair.close()
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -9,7 +9,6 @@ import pytest
 import torch
 from lightning import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
-from pair import Pair
 from tiny import (
     ALL,
     DECODER_FROZEN,
@@ -55,13 +54,6 @@ STEPS = [
     [tiny_document(6), tiny_document(9), tiny_document(3), tiny_document(10)],  # no picture anywhere
 ]
 HELD_OUT = [[tiny_document(9, (1,)), tiny_document(5)], [tiny_document(4, targets=0), tiny_document(12, (3,))]]
-
-
-@pytest.fixture(scope="module")
-def pair():
-    pair = Pair()
-    yield pair
-    pair.close()
 
 
 def micro_batches(accumulate, ranks, rank):
