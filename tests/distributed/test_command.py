@@ -87,6 +87,7 @@ def test_a_sharded_run_is_the_run_of_one_process(runs: Path) -> None:
     assert answers("sharded") == answers("whole")
 
 
+@pytest.mark.slow
 def test_two_processes_predict_what_one_asks(runs: Path) -> None:
     scene = draw_scene(Setting(2, 1, 2, 16), np.random.default_rng(5), held_out_pairs=False)
     Path("scene.bmp").write_bytes(scene.picture())
