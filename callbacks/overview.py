@@ -27,7 +27,7 @@ class Overview(Callback):
         storage = str(next(pl_module.parameters()).dtype).removeprefix("torch.")
         strategy = trainer.strategy
         if isinstance(strategy, HybridSharding):
-            compute, reduce = (str(d).removeprefix("torch.") for d in (strategy.policy.param_dtype, strategy.policy.reduce_dtype))
+            compute, reduce = str(strategy.layout.param_dtype), str(strategy.layout.reduce_dtype)
         else:
             compute = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}.get(str(trainer.precision), storage)
             reduce = storage

@@ -160,7 +160,7 @@ class RecipeCLI(LightningCLI):
 
     def _refuse_other_layout(self, checkpoint: Path) -> None:
         strategy = self._get(self.config, "trainer").get("strategy")
-        sharding = getattr(strategy, "class_path", None) == f"{HybridSharding.__module__}.{HybridSharding.__name__}"
+        sharding = getattr(strategy, "class_path", "").rpartition(".")[2] == HybridSharding.__name__
         if sharding != (checkpoint / STATE).is_dir():
             layouts = {True: "sharded", False: "not sharded"}
             raise RecipeError(

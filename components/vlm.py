@@ -24,7 +24,7 @@ from components.checkpoint_files import load_initial_weights
 from components.decoder import Decoder
 from components.errors import RecipeError
 from components.projector import Projector
-from components.sharding import shard
+from components.sharding import layout_of, shard
 from components.tokenizer import load_tokenizer
 from components.vision_tower import VisionTower
 
@@ -164,7 +164,8 @@ class VisionLanguageModel(LightningModule):
             load_initial_weights(self, self.initial_weights)
         self.adapt()
         if self.device_mesh is not None:
-            shard(self, [block for part in self.parts.values() for block in part.blocks()])
+            blocks = [block for part in self.parts.values() for block in part.blocks()]
+            shard(self, blocks, self.device_mesh, layout_of(self))
         self.built = True
 
     def on_fit_start(self) -> None:

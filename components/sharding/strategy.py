@@ -7,18 +7,17 @@ across), and gradients cross the nodes once per optimizer step.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from components.errors import RecipeError
-
-Dtype = Literal["float32", "bfloat16"]
+from components.sharding.layout import Dtype, Layout
 
 
 class HybridSharding(ModelParallelStrategy):
@@ -44,20 +43,19 @@ class HybridSharding(ModelParallelStrategy):
         timeout_minutes: float = 30,
     ) -> None:
         super().__init__(data_parallel_size=replicas * shards, tensor_parallel_size=1, timeout=timedelta(minutes=timeout_minutes))
-        self.replicas = replicas
-        self.shards = shards
-        self.policy = MixedPrecisionPolicy(param_dtype=getattr(torch, param_dtype), reduce_dtype=getattr(torch, reduce_dtype))
+        self.layout = Layout(replicas, shards, param_dtype, reduce_dtype)
 
     def setup_environment(self) -> None:
         """Start the process group and lay the mesh over it."""
-        if self.replicas * self.shards != self.num_nodes * self.num_processes:
+        replicas, shards = self.layout.replicas, self.layout.shards
+        if self.layout.ranks != self.num_nodes * self.num_processes:
             raise RecipeError(
-                f"trainer.strategy lays {self.replicas} replicas x {self.shards} shards = {self.replicas * self.shards} ranks, but "
+                f"trainer.strategy lays {replicas} replicas x {shards} shards = {self.layout.ranks} ranks, but "
                 f"the trainer has {self.num_nodes} nodes x {self.num_processes} devices. Make the two products equal."
             )
         super().setup_environment()
         mesh = init_device_mesh(
-            self.root_device.type, (self.replicas, self.shards, 1), mesh_dim_names=("replicate", "shard", "tensor_parallel")
+            self.root_device.type, (replicas, shards, 1), mesh_dim_names=("replicate", "shard", "tensor_parallel")
         )
         mesh["replicate", "shard"]._flatten("data_parallel")  # the name under which Lightning looks for the data ranks
         self._device_mesh = self.lightning_module._device_mesh = mesh
@@ -73,12 +71,8 @@ class HybridSharding(ModelParallelStrategy):
             model.set_requires_all_reduce(True)
 
 
-def shard(model: LightningModule, blocks: list[nn.Module]) -> None:
-    """Shard every block, then the rest of the model, and let `generate` gather it as `forward` does.
-
-    Args:
-        model: The root, fully built, with a trainer whose strategy is `HybridSharding`.
-        blocks: Modules inside it that are gathered one after another.
+def layout_of(model: LightningModule) -> Layout:
+    """The layout of the strategy that a model with a device mesh is trained by.
 
     Raises:
         RecipeError: The strategy is another one with a device mesh.
@@ -89,8 +83,20 @@ def shard(model: LightningModule, blocks: list[nn.Module]) -> None:
             f"trainer.strategy is {type(strategy).__name__}, which does not say how to shard this model. "
             "Give components.sharding.HybridSharding with replicas and shards, as recipes/trainer/fsdp_8xa100.yaml does."
         )
-    mesh: Any = model.device_mesh
-    mesh = mesh["replicate", "shard"] if strategy.replicas > 1 else mesh["shard"]
+    return strategy.layout
+
+
+def shard(model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, layout: Layout) -> None:
+    """Shard every block, then the rest of the model, and let `generate` gather it as `forward` does.
+
+    Args:
+        model: The root, fully built, perhaps on the meta device.
+        blocks: Modules inside it that are gathered one after another.
+        mesh: Its dimensions are named `replicate` and `shard`.
+        layout: What to do to the model.
+    """
+    mesh = mesh["replicate", "shard"] if layout.replicas > 1 else mesh["shard"]
+    policy = MixedPrecisionPolicy(param_dtype=getattr(torch, layout.param_dtype), reduce_dtype=getattr(torch, layout.reduce_dtype))
     for module in [*blocks, model]:
-        fully_shard(module, mesh=mesh, mp_policy=strategy.policy)
+        fully_shard(module, mesh=mesh, mp_policy=policy)
     register_fsdp_forward_method(model, "generate")  # the steps call forward
