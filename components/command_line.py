@@ -26,6 +26,7 @@ from components.benchmarks import QuestionFile
 from components.benchmarks.report import PARTIAL
 from components.data import InstructionData
 from components.errors import RecipeError
+from components.plan.assumptions import Assumptions
 from components.recipe_files import explain, hint, named_recipes, read_recipe
 from components.run_folder import BEST, CHECKPOINTS, RECIPE, RUNS, STATE, changes, complete_checkpoints, find_checkpoint, run_name
 from components.sharding import HybridSharding
@@ -34,7 +35,7 @@ from components.vlm import VisionLanguageModel
 SECTIONS = {"warmup": Warmup, "throughput": Throughput, "checkpoint": Checkpoint, "validation": Validation}
 """Callbacks that are top-level sections of a recipe, so that an overlay merges them key by key."""
 
-KEYS = {"config", "seed_everything", "max_steps", "trainer", "model", "data", "run", "ckpt_path", *SECTIONS}
+KEYS = {"config", "seed_everything", "max_steps", "trainer", "model", "data", "plan", "run", "ckpt_path", *SECTIONS}
 """What may stand at the top level of a recipe."""
 
 NAME_BENCHMARKS = "Name some with --validation recipes/validation/NAME.yaml."
@@ -93,6 +94,7 @@ class RecipeCLI(LightningCLI):
         """The sections of a recipe besides trainer, model and data."""
         for name, callback in SECTIONS.items():
             parser.add_lightning_class_args(callback, name)
+        parser.add_class_arguments(Assumptions, "plan")
         # a recipe names a trainer file and states beside it how long it trains
         parser.add_argument("--max_steps", type=int, help="Optimizer steps of the whole run, >= 1.")
         parser.link_arguments("max_steps", "trainer.max_steps")

@@ -73,6 +73,7 @@ HOW_IT_RUNS = (
     "checkpoint",
     "throughput",
     "validation",
+    "plan",
     "config",
     "run",
     "ckpt_path",
