@@ -33,6 +33,7 @@ TRANSFORMERS = {
     "components.huggingface": None,
     "components.tokenizer": None,
     "components.data": TOKENIZER_TYPE,
+    "components.plan": TOKENIZER_TYPE,
     "components.vlm": TOKENIZER_TYPE,
     "callbacks": TOKENIZER_TYPE,
 }

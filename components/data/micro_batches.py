@@ -14,6 +14,7 @@ from components.data.order import Mixture, deal
 from components.data.sources import Sample, Source
 from components.errors import BadSample, RecipeError
 from components.images import Decoding, SquareMode, decode, to_square
+from components.turns import Turn
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,18 @@ class Preparation:
                     f"longer than data.max_length = {self.max_length} tokens even without its last turns. Raise max_length."
                 )
         return Document(sample.id, ids, labels, self.pixels(sample.images, layout), truncated=len(turns) < len(sample.turns))
+
+    def try_out(self, tokenizer: PreTrainedTokenizerBase, layout: SampleFormat) -> None:
+        """A template that does not suit the tokenizer shows here, not in a worker at the first sample.
+
+        Raises:
+            RecipeError: Not even a question of one letter can be prepared.
+        """
+        shortest = Sample("x", [Turn("user", "x"), Turn("assistant", "x")], [])
+        try:
+            self.document(shortest, tokenizer, layout)
+        except RecipeError as error:
+            raise RecipeError(f"data.template = {self.template}, even for a question of one letter: {error}") from error
 
     def prompt(self, sample: Sample, tokenizer: PreTrainedTokenizerBase, layout: SampleFormat) -> Document:
         """A question as a document that ends where the answer begins; nothing in it is supervised.

@@ -14,11 +14,10 @@ from torch.utils.data import DataLoader
 from components.batch import Batch, pack
 from components.data.micro_batches import FromStep, MicroBatches, Preparation, TrainBatches, ValidationBatches, null_document
 from components.data.order import Mixture
-from components.data.sources import Sample, Source
+from components.data.sources import Source
 from components.errors import RecipeError
 from components.images import Decoding, SquareMode
 from components.tokenizer import load_tokenizer
-from components.turns import Turn
 
 QUARANTINE = "quarantine.jsonl"
 
@@ -85,7 +84,7 @@ class InstructionData(LightningDataModule):
         model: Any = trainer.lightning_module
         self.layout = model.sample_format()
         self.tokenizer = load_tokenizer(self.layout.tokenizer)
-        self._try_preparation()
+        self.preparation.try_out(self.tokenizer, self.layout)
         if stage in ("test", "predict"):  # questions alone: the sources may be elsewhere
             return
         self.micro_batches = trainer.accumulate_grad_batches
@@ -174,14 +173,6 @@ class InstructionData(LightningDataModule):
                 + "\n  ".join(changed)
                 + "\nRestore the data, or start a new run with --run NAME and model.initial_weights."
             )
-
-    def _try_preparation(self) -> None:
-        """A template that does not suit the tokenizer shows here, not in a worker at the first sample."""
-        shortest = Sample("x", [Turn("user", "x"), Turn("assistant", "x")], [])
-        try:
-            self.preparation.document(shortest, self.tokenizer, self.layout)
-        except RecipeError as error:
-            raise RecipeError(f"data.template = {self.preparation.template}, even for a question of one letter: {error}") from error
 
     def _known_bad_samples(self) -> set[str]:
         """What this rank has written down before the run was interrupted."""
