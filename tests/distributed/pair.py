@@ -1,24 +1,34 @@
-"""Two processes of a distributed run, started once and given one function after another, with a limit on how long each may take."""
+"""The processes of a distributed run, started once and given one function after another, with a limit on how long each may take.
+
+They are forked from one process that has imported what they need, which takes longer than most tests.
+"""
 
 import os
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+import pytest
 import torch.multiprocessing as multiprocessing
 
 
-class Pair:
-    """Functions in, their results on both ranks out. After an error or a hang, new processes are started."""
+class Processes:
+    """Functions in, their results on all ranks out. After an error or a hang, new processes are started.
 
-    def __init__(self) -> None:
+    Args:
+        number: Of processes; the world size.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
         self.processes: list[Any] = []
 
     def run(self, function: Callable, *arguments: Any, seconds: float = 60) -> list[Any]:
-        """Call `function(*arguments)` in both processes, which know their rank as LOCAL_RANK."""
+        """Call `function(*arguments)` in all processes, which know their rank as LOCAL_RANK."""
         if not self.processes:
             self._start()
         for pipe in self.pipes:
@@ -34,7 +44,7 @@ class Pair:
                 except EOFError:
                     results.append((False, f"rank {rank} died"))
             if not results[-1][0]:
-                deadline = time.monotonic() + 1  # the other one may be waiting for it
+                deadline = time.monotonic() + 1  # the others may be waiting for it
         if not all(succeeded for succeeded, _ in results):
             self.close()
             raise AssertionError("\n".join(str(result) for succeeded, result in results if not succeeded))
@@ -47,16 +57,19 @@ class Pair:
         self.processes = []
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tiny"])
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        ends = [context.Pipe() for _ in range(2)]
+        ends = [context.Pipe() for _ in range(self.number)]
         self.pipes = [ours for ours, _ in ends]
         arguments = [(rank, port, theirs) for rank, (_, theirs) in enumerate(ends)]
         self.processes = [context.Process(target=_serve, args=each, daemon=True) for each in arguments]
-        for process in self.processes:
-            process.start()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # which the fork server of Python 3.11 does not get otherwise
+            for process in self.processes:
+                process.start()
         for _, theirs in ends:
             theirs.close()
 

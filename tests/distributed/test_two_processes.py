@@ -4,23 +4,22 @@ generation, the causality probe."""
 import io
 import os
 from contextlib import redirect_stdout
+from functools import partial
 
 import pytest
+import runs
 import torch
 from lightning import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
+from runs import adapted_model, deal
 from tiny import (
     ALL,
     DECODER_FROZEN,
-    LLAMA,
     TOWER_FROZEN,
     Numbers,
     Prepared,
-    Record,
-    TinyModel,
     assert_equal,
     built_model,
-    fill,
     tiny_document,
     tiny_documents,
     tiny_model,
@@ -31,14 +30,12 @@ from torch.distributed.tensor import DTensor
 
 from callbacks.checkpoint import Checkpoint
 from callbacks.overview import Overview
-from components.batch import pack
 from components.causality import prove_causal
 from components.checkpoint_files import load_weights
-from components.decoder import HuggingFaceDecoder, LoRA, attention
+from components.decoder import attention
 from components.errors import RecipeError
 from components.run_folder import RECIPE, checkpoint_folder
 from components.sharding import HybridSharding
-from components.tokenizer import WordTokenizer
 
 RATES = {"all": ALL, "tower_frozen": TOWER_FROZEN, "decoder_frozen": DECODER_FROZEN}
 FSDP = {"replicas": 1, "shards": 2, "param_dtype": "float32"}
@@ -57,44 +54,15 @@ HELD_OUT = [[tiny_document(9, (1,)), tiny_document(5)], [tiny_document(4, target
 
 
 def micro_batches(accumulate, ranks, rank):
-    """The documents of every step, dealt to ranks and micro-batches."""
-    size = 4 // ranks // accumulate
-    mine = [step[rank * 4 // ranks : (rank + 1) * 4 // ranks] for step in STEPS]
-    return [pack(step[start : start + size]) for step in mine for start in range(0, len(step), size)]
-
-
-class AdaptedModel(TinyModel):
-    """The tiny model with adapters that are the same wherever it is built, and not zero."""
-
-    def adapt(self):
-        super().adapt()
-        fill(self, seed=1)
-
-
-def adapted_model(rates, **overrides):
-    decoder = HuggingFaceDecoder(LLAMA, WordTokenizer(), lora=LoRA(rank=3, alpha=3.0))
-    model = tiny_model(rates)
-    return AdaptedModel(model.vision_tower, model.projector, decoder, rates, **overrides)
+    return deal(STEPS, ranks, rank, accumulate)
 
 
 def train(rates, ranks, strategy, accumulate, clip, callbacks=(), make=tiny_model, **options):
-    """A training run with validation on this rank; weights, the values logged at each step and the validation losses."""
-    rank = int(os.environ["LOCAL_RANK"]) if ranks == 2 else 0
-    held_out = {"other": [pack(HELD_OUT[rank])] if ranks == 2 else [pack(step) for step in HELD_OUT]}
-    options |= {"strategy": "ddp" if strategy is None else HybridSharding(**strategy)} if ranks == 2 else {}
-    model, record = make(rates, weight_decay=0.1), Record()
-    trainer = tiny_trainer(
-        accumulate,
-        callbacks=[record, *callbacks],
-        devices=ranks,
-        gradient_clip_val=clip,
-        limit_val_batches=1.0,
-        val_check_interval=2 * accumulate,
-        **options,
-    )
-    trainer.fit(model, datamodule=Prepared(micro_batches(accumulate, ranks, rank), held_out))
-    assert trainer.global_step == len(STEPS)
-    return weights(model), record.steps, {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("val")}
+    """A run over the steps above with validation, by DDP or by a sharding."""
+    named = {"strategy": (lambda: "ddp") if strategy is None else partial(HybridSharding, **strategy)} if ranks == 2 else {}
+    options |= {"accumulate": accumulate, "clip": clip, "callbacks": callbacks, "make": make}
+    run = runs.train(rates, STEPS, HELD_OUT, ranks, **named, **options)
+    return run.weights, run.steps, run.validation
 
 
 @pytest.mark.parametrize("rates", RATES)
