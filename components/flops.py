@@ -1,13 +1,15 @@
-"""Matmul FLOPs of a training step: two per multiply-add, causal attention counted at half, recomputation left out.
+"""Matmul FLOPs of a training step: two per multiply-add, causal attention counted at half, recomputation counted apart.
 
 A frozen part costs its forward pass; a frozen part that gradients flow through, the gradients of its activations too; a trained
 part, also those of its weights. Adapters are a trained part inside a frozen one. Attention has no weights, so its backward is
 twice its forward wherever gradients flow.
 
-Source: arXiv 2204.02311 (PaLM), appendix B, for the definition of MFU. Differs: attention is causal and inside documents only, and
-only the positions that are computed count (the head runs on supervised positions alone). Left out, as about 1 % of a large model:
-the patch embedding, class tokens, and a resampler's reading of the patches.
+Source: arXiv 2204.02311 (PaLM), appendix B, for the definitions of MFU and HFU. Differs: attention is causal and inside documents
+only, and only the positions that are computed count (the head runs on supervised positions alone). Left out, as about 1 % of a
+large model: the patch embedding, and a resampler's reading of the patches.
 """
+
+from dataclasses import asdict
 
 from torch import Tensor
 
@@ -15,6 +17,10 @@ from components.vlm import VisionLanguageModel
 
 PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0}
 """Dense bf16 peak of a device by a word of its name, in TFLOP/s."""
+
+Number = int | float
+
+PARTS = ("vision_tower", "projector", "decoder")
 
 
 def peak_flops(device_name: str) -> float | None:
@@ -34,10 +40,21 @@ def matmul_parameters(model: VisionLanguageModel) -> dict[str, int]:
     return sizes
 
 
-def step_flops(
-    model: VisionLanguageModel, sizes: dict[str, int], tokens: int, squared_lengths: float | Tensor, targets: int, images: int
-) -> float | Tensor:
-    """FLOPs of the forward and backward passes over packed rows.
+def gradients_flow(model: VisionLanguageModel) -> dict[str, bool]:
+    """Whether gradients pass through each part, on their way to its own weights or to those of a part before it."""
+    trains = [rate is not None for rate in asdict(model.learning_rates).values()]
+    return {part: any(trains[: index + 1]) for index, part in enumerate(PARTS)}
+
+
+def part_flops(
+    model: VisionLanguageModel,
+    sizes: dict[str, int],
+    tokens: Number,
+    squared_lengths: Number | Tensor,
+    targets: Number,
+    images: Number,
+) -> dict[str, Number | Tensor]:
+    """FLOPs of the forward and backward passes over packed rows: of each part, and of the decoder's head.
 
     Args:
         model: Says what trains, and the shapes of the attention.
@@ -47,26 +64,61 @@ def step_flops(
         targets: Supervised tokens.
         images: Pictures.
     """
-    rates = model.learning_rates
-    trains = {"vision_tower": rates.vision_tower, "projector": rates.projector, "decoder": rates.decoder}
-    tower, patches = model.vision_tower, model.vision_tower.num_patches
-    visual = model.projector.num_tokens(patches)
-    forward = {
+    linear, attention = forward_flops(model, sizes, tokens, squared_lengths, targets, images)
+    weight_gradients = dict(linear)
+    if model.decoder.lora is not None:
+        weight_gradients |= {"decoder": 2.0 * sizes["adapters"] * tokens, "head": 0.0}
+    rates = asdict(model.learning_rates)
+    flows = gradients_flow(model)
+    total: dict[str, Number | Tensor] = {}
+    for name, forward in linear.items():
+        part = "decoder" if name == "head" else name
+        total[name] = forward * (1 + flows[part]) + weight_gradients[name] * (rates[part] is not None)
+        total[name] = total[name] + attention[name] * (3 if flows[part] else 1)
+    return total
+
+
+def step_flops(
+    model: VisionLanguageModel, sizes: dict[str, int], tokens: int, squared_lengths: Number | Tensor, targets: int, images: int
+) -> Number | Tensor:
+    """FLOPs of the forward and backward passes over packed rows; the arguments are those of `part_flops`."""
+    return sum(part_flops(model, sizes, tokens, squared_lengths, targets, images).values())
+
+
+def recomputed_flops(
+    model: VisionLanguageModel, sizes: dict[str, int], tokens: Number, squared_lengths: Number, images: Number
+) -> float:
+    """FLOPs that checkpointing whole blocks adds: the forward pass of the blocks that gradients flow through, once more."""
+    linear, attention = forward_flops(model, sizes, tokens, squared_lengths, targets=0, images=images)
+    return sum(
+        float(linear[name] + attention[name])
+        for name, flows in gradients_flow(model).items()
+        if flows and getattr(model, name).blocks()
+    )
+
+
+def forward_flops(
+    model: VisionLanguageModel,
+    sizes: dict[str, int],
+    tokens: Number,
+    squared_lengths: Number | Tensor,
+    targets: Number,
+    images: Number,
+) -> tuple[dict[str, float], dict[str, Number | Tensor]]:
+    """FLOPs of the forward pass in the linear layers and in the attention; the arguments are those of `part_flops`."""
+    tower = model.vision_tower
+    patches = tower.num_patches + tower.has_class_token
+    visual = model.projector.num_tokens(tower.num_patches)
+    linear = {
         "vision_tower": 2.0 * sizes["vision_tower"] * images * patches,
         "projector": 2.0 * sizes["projector"] * images * visual,
-        "decoder": 2.0 * ((sizes["decoder"] + sizes["adapters"]) * tokens + sizes["head"] * targets),
+        "decoder": 2.0 * (sizes["decoder"] + sizes["adapters"]) * tokens,
+        "head": 2.0 * sizes["head"] * targets,
     }
-    weight_gradients = forward if model.decoder.lora is None else {**forward, "decoder": 2.0 * sizes["adapters"] * tokens}
     attention = {
         "vision_tower": 4.0 * len(tower.blocks()) * images * patches**2 * tower.feature_dim,
         "projector": 0.0,
         "decoder": 2.0 * len(model.decoder.blocks()) * squared_lengths * model.decoder.embed_dim,
+        "head": 0.0,
     }
-    total: float | Tensor = 0.0
-    gradients_flow = False
-    for part in ("vision_tower", "projector", "decoder"):
-        trained = trains[part] is not None
-        gradients_flow = gradients_flow or trained
-        total = total + forward[part] * (1 + gradients_flow) + weight_gradients[part] * trained
-        total = total + attention[part] * (3 if gradients_flow else 1)
-    return total
+    return linear, attention
