@@ -28,7 +28,7 @@ from components.data import InstructionData
 from components.errors import RecipeError
 from components.plan.assumptions import Assumptions
 from components.recipe_files import explain, hint, named_recipes, read_recipe
-from components.run_folder import BEST, CHECKPOINTS, RECIPE, RUNS, STATE, changes, complete_checkpoints, find_checkpoint, run_name
+from components.run_folder import BEST, CHECKPOINTS, RECIPE, RUNS, STATE, changes, find_checkpoint, newest_checkpoint, run_name
 from components.sharding import HybridSharding
 from components.vlm import VisionLanguageModel
 
@@ -151,8 +151,7 @@ class RecipeCLI(LightningCLI):
         else:
             if self._get(self.config, "ckpt_path"):
                 raise RecipeError("fit continues its own run by itself; to start from other weights give model.initial_weights.")
-            found = complete_checkpoints(self.folder)
-            self.checkpoint = found[-1] if found else None
+            self.checkpoint = newest_checkpoint(self.folder)
         if self.checkpoint is not None:
             self._refuse_other_layout(self.checkpoint)
             if self.subcommand == "fit":

@@ -2,10 +2,12 @@
 
 import json
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
 from components.errors import RecipeError
+from components.manifest import what_is_missing
 
 RUNS = Path("runs")
 RECIPE = "recipe.yaml"
@@ -27,10 +29,25 @@ def checkpoint_folder(run: Path, step: int) -> Path:
     return run / CHECKPOINTS / f"step_{step:08d}"
 
 
-def complete_checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first. Unfinished ones have another name and are not seen."""
+def visible_checkpoints(run: Path) -> list[Path]:
+    """Whatever stands under the name of a checkpoint in a run, oldest first. Unfinished ones have another name."""
     folders = run.joinpath(CHECKPOINTS).glob("step_*")
-    return sorted(folder for folder in folders if _CHECKPOINT.fullmatch(folder.name) and (folder / RECIPE).is_file())
+    return sorted(folder for folder in folders if _CHECKPOINT.fullmatch(folder.name))
+
+
+def complete_checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run whose files are all there, oldest first."""
+    return [folder for folder in visible_checkpoints(run) if what_is_missing(folder) is None]
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The newest complete checkpoint of a run, if it has one; newer ones that are not complete are told and passed over."""
+    for folder in reversed(visible_checkpoints(run)):
+        problem = what_is_missing(folder)
+        if problem is None:
+            return folder
+        warnings.warn(f"Checkpoint {folder} is not complete and is passed over: {problem}.", stacklevel=2)
+    return None
 
 
 def find_checkpoint(path: str | Path, key: str) -> Path:
@@ -49,10 +66,14 @@ def find_checkpoint(path: str | Path, key: str) -> Path:
             path = checkpoint_folder(path.parent.parent, json.loads(path.read_text())["step"])
         except (ValueError, KeyError, TypeError) as error:
             raise RecipeError(f"{key}: {path} is damaged. Name a checkpoint folder.") from error
-    if _CHECKPOINT.fullmatch(path.name) and (path / RECIPE).is_file():
-        return path
-    if found := complete_checkpoints(path):
-        return found[-1]
+    if _CHECKPOINT.fullmatch(path.name) and path.exists():
+        problem = what_is_missing(path)
+        if problem is None:
+            return path
+        others = ", ".join(folder.name for folder in complete_checkpoints(path.parent.parent))
+        raise RecipeError(f"{key}: {path} is not complete: {problem}. Complete checkpoints beside it: {others or 'none'}.")
+    if found := newest_checkpoint(path):
+        return found
     if not path.exists():
         known = sorted(str(run) for run in RUNS.glob("*") if complete_checkpoints(run))
         raise RecipeError(f"{key}: {path} does not exist. Runs with a checkpoint here: {', '.join(known) or 'none'}.")

@@ -16,6 +16,7 @@ import main
 from callbacks.checkpoint import Checkpoint
 from callbacks.validation import Validation
 from components.errors import RecipeError
+from components.manifest import seal
 from components.run_folder import complete_checkpoints
 from tests.small_recipe import Diary
 
@@ -147,6 +148,7 @@ def test_a_checkpoint_continues_under_a_strategy_of_its_kind(tmp_path: Path, cap
     file = complete_checkpoints(Path("runs/small"))[-1] / "state"
     file.unlink()
     file.mkdir()
+    seal(file.parent, step=4)
     for command in ("fit", "validate"):
         assert main.main([command, "--config", str(recipe)]) == 2
         assert "step_00000004 is sharded, but trainer.strategy is not sharded" in capsys.readouterr().err
@@ -271,7 +273,7 @@ def test_when_checkpoints_are_written_and_how_many_are_kept(checkpoint: dict[str
     assert steps("small") == kept
     assert {folder.name for folder in Path("runs/small/checkpoints").iterdir()} == {f"step_{step:08d}" for step in kept}
     for folder in complete_checkpoints(Path("runs/small")):
-        assert {file.name for file in folder.iterdir()} == {"state", "recipe.yaml"}
+        assert {file.name for file in folder.iterdir()} == {"state", "recipe.yaml", "manifest.json"}
 
 
 def test_minutes_count_between_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,7 +284,7 @@ def test_minutes_count_between_checkpoints(tmp_path: Path, monkeypatch: pytest.M
             self.now += 20.0  # seconds a look
             return self.now
 
-    monkeypatch.setattr("callbacks.checkpoint.time", Clock())
+    monkeypatch.setattr("callbacks.checkpoint.callback.time", Clock())
     recipe = write_recipe(
         tmp_path / "small.yaml",
         max_steps=9,
@@ -293,7 +295,9 @@ def test_minutes_count_between_checkpoints(tmp_path: Path, monkeypatch: pytest.M
     assert steps("small") == [3, 6, 9]
 
 
-@pytest.mark.parametrize("values", [{"every_n_steps": 0}, {"every_n_minutes": 0.0}, {"every_n_minutes": -1.0}, {"keep": 0}])
+@pytest.mark.parametrize(
+    "values", [{"every_n_steps": 0}, {"every_n_minutes": 0.0}, {"every_n_minutes": -1.0}, {"keep": 0}, {"max_failed_saves": 0}]
+)
 def test_values_out_of_range_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match=next(iter(values))):
         Checkpoint(**values)

@@ -19,6 +19,7 @@ from components.hub import fetch, looks_like_hub_id
 from components.huggingface.initial import allocate, load_llava
 from components.huggingface.layout import DECODING_KEY, TEMPLATE_KEY, TOWER, LlavaFolder, open_llava, preprocessing, vision_config
 from components.images import Decoding, SquareMode
+from components.manifest import seal
 from components.projector import MLP
 from components.rebuild import rebuild
 from components.run_folder import RECIPE, RUNS, STATE, UNFINISHED, checkpoint_folder
@@ -109,6 +110,7 @@ def _write(folder: Path, model: VisionLanguageModel, recipe: dict[str, Any]) -> 
         state = {"state_dict": model.state_dict(), "global_step": 0, "epoch": 0, "pytorch-lightning_version": lightning.__version__}
         torch.save(state, unfinished / STATE)
         (unfinished / RECIPE).write_text(yaml.safe_dump(recipe, sort_keys=False))
+        seal(unfinished, step=0)
         unfinished.rename(final)
     except BaseException:
         shutil.rmtree(folder)

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint import FileSystemWriter, save
 from callbacks.checkpoint import Checkpoint
 from components.decoder import HuggingFaceDecoder
 from components.errors import RecipeError
+from components.manifest import seal
 from components.projector import MLP, Linear
 from components.run_folder import RECIPE, STATE, checkpoint_folder
 from components.tokenizer import WordTokenizer
@@ -65,6 +66,7 @@ def sharded(tmp_path):
     with pytest.warns(UserWarning, match="to save in a single process"):
         save(state, storage_writer=FileSystemWriter(folder / STATE), no_dist=True)
     (folder / RECIPE).write_text("model: tiny\n")
+    seal(folder, step=4)
     return folder.parent.parent, weights(model)
 
 

@@ -5,7 +5,15 @@ from pathlib import Path
 import pytest
 
 from components.errors import RecipeError
-from components.run_folder import changes, checkpoint_folder, complete_checkpoints, find_checkpoint, run_name
+from components.manifest import seal
+from components.run_folder import (
+    changes,
+    checkpoint_folder,
+    complete_checkpoints,
+    find_checkpoint,
+    newest_checkpoint,
+    run_name,
+)
 
 
 def test_a_run_has_the_names_of_its_recipe_and_overlays() -> None:
@@ -17,7 +25,8 @@ def test_a_run_has_the_names_of_its_recipe_and_overlays() -> None:
 def saved(run: Path, step: int, name: str = "") -> Path:
     folder = run / "checkpoints" / name if name else checkpoint_folder(run, step)
     folder.mkdir(parents=True)
-    (folder / "recipe.yaml").touch()
+    (folder / "recipe.yaml").write_text("model: tiny")
+    seal(folder, step)
     return folder
 
 
@@ -32,10 +41,30 @@ def test_nothing_but_complete_checkpoints_is_seen(tmp_path: Path) -> None:
     complete = saved(tmp_path, 10)
     for name in ("step_00000020.unfinished", "step_00000005.deleted", "best", "step_last", "step_"):
         saved(tmp_path, 0, name)
-    checkpoint_folder(tmp_path, 30).mkdir()  # without its recipe
-    checkpoint_folder(tmp_path, 40).touch()
     assert complete_checkpoints(tmp_path) == [complete]
-    assert find_checkpoint(tmp_path, "--ckpt") == complete
+    assert find_checkpoint(tmp_path, "--ckpt") == newest_checkpoint(tmp_path) == complete
+    checkpoint_folder(tmp_path, 8).mkdir()  # older than the complete one: nobody needs to know
+    assert newest_checkpoint(tmp_path) == complete
+
+
+def test_a_checkpoint_that_lost_files_is_told_and_passed_over(tmp_path: Path) -> None:
+    complete = saved(tmp_path, 10)
+    checkpoint_folder(tmp_path, 20).touch()
+    checkpoint_folder(tmp_path, 30).mkdir()
+    (saved(tmp_path, 40) / "recipe.yaml").write_text("mod")
+    (saved(tmp_path, 50) / "recipe.yaml").unlink()
+    assert complete_checkpoints(tmp_path) == [complete]
+    with pytest.warns(UserWarning) as told:
+        assert find_checkpoint(tmp_path, "--ckpt") == complete
+    assert [str(warning.message).partition("checkpoints/")[2] for warning in told] == [
+        "step_00000050 is not complete and is passed over: recipe.yaml is missing.",
+        "step_00000040 is not complete and is passed over: recipe.yaml has 3 bytes instead of 11.",
+        "step_00000030 is not complete and is passed over: it has no manifest.json.",
+        "step_00000020 is not complete and is passed over: it has no manifest.json.",
+    ]
+    words = r"^--ckpt: .*step_00000040 is not complete: recipe\.yaml has 3 .* Complete checkpoints beside it: step_00000010\.$"
+    with pytest.raises(RecipeError, match=words):
+        find_checkpoint(checkpoint_folder(tmp_path, 40), "--ckpt")
 
 
 def test_a_missing_checkpoint_names_the_option_and_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

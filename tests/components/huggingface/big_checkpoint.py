@@ -9,6 +9,7 @@ from small_recipe import RECIPE, merged
 from torch.distributed.checkpoint import FileSystemWriter, save
 
 from components.huggingface.initial import allocate
+from components.manifest import seal
 from components.rebuild import rebuild
 from components.run_folder import RECIPE as RECIPE_FILE
 from components.run_folder import STATE, checkpoint_folder
@@ -32,4 +33,5 @@ def write_checkpoint(run: Path, model_changes: dict[str, Any], sharded: bool) ->
     else:
         torch.save({"state_dict": state}, folder / STATE)
     (folder / RECIPE_FILE).write_text(yaml.safe_dump(recipe))
+    seal(folder, step=1)
     return sum(tensor.nbytes for tensor in state.values())
