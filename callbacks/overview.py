@@ -7,7 +7,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from components.sharding import HybridSharding
+from components.sharding import FullyShardedV1, HybridSharding, whole_shape
 
 say = rank_zero_only(print)
 
@@ -21,12 +21,12 @@ class Overview(Callback):
         rates = asdict(model.learning_rates)
         say(f"{'part':14}{'parameters':>16}{'trained':>16}  peak learning rate")
         for name, part in model.parts.items():
-            count = sum(p.numel() for p in part.parameters())
-            trained = sum(p.numel() for p in part.parameters() if p.requires_grad)
+            count = sum(whole_shape(p).numel() for p in part.parameters())
+            trained = sum(whole_shape(p).numel() for p in part.parameters() if p.requires_grad)
             say(f"{name:14}{count:>16,}{trained:>16,}  {'frozen' if rates[name] is None else rates[name]}")
         storage = str(next(pl_module.parameters()).dtype).removeprefix("torch.")
         strategy = trainer.strategy
-        if isinstance(strategy, HybridSharding):
+        if isinstance(strategy, HybridSharding | FullyShardedV1):
             compute, reduce = str(strategy.layout.param_dtype), str(strategy.layout.reduce_dtype)
         else:
             compute = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}.get(str(trainer.precision), storage)

@@ -24,7 +24,7 @@ from components.checkpoint_files import load_initial_weights
 from components.decoder import Decoder
 from components.errors import RecipeError
 from components.projector import Projector
-from components.sharding import layout_of, shard
+from components.sharding import gradient_norm, layout_of, shard, whole_shape
 from components.tokenizer import load_tokenizer
 from components.vision_tower import VisionTower
 
@@ -239,7 +239,8 @@ class VisionLanguageModel(LightningModule):
             self.zero_grad(set_to_none=True)
             return
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        torch._foreach_div_([g.to_local() if isinstance(g, DTensor) else g for g in gradients], count)
+        if gradients:  # the shards of this rank may be of frozen parameters alone
+            torch._foreach_div_([g.to_local() if isinstance(g, DTensor) else g for g in gradients], count)
         self.log("train/loss", loss / count, prog_bar=True)
 
     def configure_gradient_clipping(
@@ -247,8 +248,7 @@ class VisionLanguageModel(LightningModule):
     ) -> None:
         """Log the norm of all gradients and clip by it, alike for whole and for sharded gradients."""
         parameters = [p for p in self.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters])
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm = gradient_norm(self.parameters())
         self.log("norm/gradient", norm)
         if gradient_clip_val:
             nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
@@ -287,8 +287,8 @@ class VisionLanguageModel(LightningModule):
             rate = getattr(self.learning_rates, name)
             trained = [p for p in part.parameters() if p.requires_grad]
             for suffix, decay, members in (
-                ("", self.weight_decay, [p for p in trained if p.ndim > 1]),
-                ("_no_decay", 0.0, [p for p in trained if p.ndim <= 1]),
+                ("", self.weight_decay, [p for p in trained if len(whole_shape(p)) > 1]),
+                ("_no_decay", 0.0, [p for p in trained if len(whole_shape(p)) <= 1]),
             ):
                 if members:
                     groups.append({"params": members, "lr": rate, "weight_decay": decay, "name": name + suffix})

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int, Int64
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
@@ -166,6 +167,7 @@ class HuggingFaceDecoder(Decoder):
         )
         # every step gathers the shards: a rank whose answers have ended goes on until those of the others have
         sharded = any(isinstance(parameter, DTensor) for parameter in self.lm.parameters())
+        sharded = sharded or any(isinstance(module, FullyShardedDataParallel) for module in self.lm.modules())
         with attention(self.lm, "sdpa"):
             return self.lm.generate(
                 inputs_embeds=inputs_embeds, attention_mask=attention_mask, generation_config=settings, synced_gpus=sharded
