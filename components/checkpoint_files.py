@@ -1,29 +1,32 @@
 """Reading weights: of a checkpoint, whole or sharded, or of a released model; what does not fit is told exactly."""
 
-import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemReader, load
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.planner import LoadPlan
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from components.decoder import LoRA, Merged
+from components.decoder import LoRA, Merged, without_adapters
 from components.errors import RecipeError
 from components.hub import fetch
-from components.huggingface.initial import fill, load_llava
+from components.huggingface.initial import load_llava
 from components.huggingface.layout import PROJECTOR_FILE
-from components.named_tensors import NamedTensors, TensorInfo, TorchFiles, differences, listed
+from components.named_tensors import NamedTensors, TensorInfo, TorchFiles, differences, fill, listed, reading
 from components.run_folder import RECIPE, RUNS, STATE, find_checkpoint
 
 INITIAL = "model.initial_weights"
 
 
 def load_initial_weights(model: nn.Module, source: str) -> None:
-    """Load the weights of an earlier run, or of a released LLaVA model, into a built model.
+    """Load the weights of an earlier run, or of a released LLaVA model, into a built model; its adapters stay as they are.
 
     Args:
-        model: The model, built, in memory and not sharded. Parts that a released model leaves out read their own weights.
+        model: The model, built and in memory, perhaps sharded. Parts that a released model leaves out read their own weights.
         source: Run folder, checkpoint folder, folder of a LLaVA model, or its hub id.
 
     Raises:
@@ -35,8 +38,9 @@ def load_initial_weights(model: nn.Module, source: str) -> None:
     elif path.exists() or len(path.parts) != 2 or path.parts[0] == str(RUNS):
         checkpoint = find_checkpoint(source, INITIAL)
         weights = merged_weights(checkpoint)
-        demand_fit(model, weights, checkpoint, INITIAL)
-        fill(model, weights)
+        state = without_adapters(model.state_dict())
+        demand_fit(state, weights, checkpoint, INITIAL)
+        fill(state, weights)
     else:
         load_llava(model, fetch(source, INITIAL))
 
@@ -44,17 +48,18 @@ def load_initial_weights(model: nn.Module, source: str) -> None:
 def load_weights(model: nn.Module, checkpoint: Path, key: str) -> None:
     """Copy the weights of a checkpoint into a model; every name and every shape must agree."""
     weights = checkpoint_weights(checkpoint)
-    demand_fit(model, weights, checkpoint, key)
-    fill(model, weights)
+    state = model.state_dict()
+    demand_fit(state, weights, checkpoint, key)
+    fill(state, weights)
 
 
-def demand_fit(model: nn.Module, weights: NamedTensors, checkpoint: Path, key: str) -> None:
-    """Every name and every shape of a checkpoint is that of the model, which may be on the meta device.
+def demand_fit(state: dict[str, Tensor], weights: NamedTensors, checkpoint: Path, key: str) -> None:
+    """Every name and every shape of a checkpoint is that of the model's state dict, which may be on the meta device.
 
     Raises:
         RecipeError: With the list of what differs.
     """
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if problems := differences(expected, {name: info.shape for name, info in weights.infos.items()}):
         raise RecipeError(
             f"{key}: the weights in {checkpoint} do not fit this model:\n  {listed(problems)}\n"
@@ -81,24 +86,48 @@ class ShardedState(NamedTensors):
 
     Args:
         folder: The folder that torch.distributed.checkpoint wrote.
+
+    Raises:
+        RecipeError: The folder cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
         self.where = str(folder)
+        self._reader = FileSystemReader(folder)
+        with reading(folder):
+            metadata = self._reader.read_metadata()
+        self._reader.set_up_storage_reader(metadata, is_coordinator=False)
         prefix = "state_dict."
-        entries = FileSystemReader(folder).read_metadata().state_dict_metadata
-        self.infos = {
-            name.removeprefix(prefix): TensorInfo(tuple(entry.size), entry.properties.dtype)  # type: ignore[union-attr]
-            for name, entry in entries.items()
-            if name.startswith(prefix)
-        }
+        stored = {name: entry for name, entry in metadata.state_dict_metadata.items() if name.startswith(prefix)}
+        self._stored: dict[str, tuple[str, Any]] = {name.removeprefix(prefix): (name, entry) for name, entry in stored.items()}
+        self.infos = {name: TensorInfo(tuple(entry.size), entry.properties.dtype) for name, (_, entry) in self._stored.items()}
 
     def read(self, name: str) -> Tensor:
         """The whole tensor."""
-        info = self.infos[name]
-        wanted = {name: torch.empty(info.shape, dtype=info.dtype)}
-        with warnings.catch_warnings():
-            # every process reads for itself
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            load({"state_dict": wanted}, storage_reader=FileSystemReader(self.where), no_dist=True)
-        return wanted[name]
+        return self._read(name, 0, torch.empty(self.infos[name].shape, dtype=self.infos[name].dtype))
+
+    def read_rows(self, name: str, rows: slice) -> Tensor:
+        """Rows of the tensor; shards that hold none of them are not read."""
+        (count, *others), dtype = self.infos[name].shape, self.infos[name].dtype
+        first, end, _ = rows.indices(count)
+        return self._read(name, first, torch.empty(end - first, *others, dtype=dtype))
+
+    def _read(self, name: str, first_row: int, tensor: Tensor) -> Tensor:
+        stored_name, entry = self._stored[name]
+        offsets = torch.Size([first_row, *[0] * tensor.ndim][: tensor.ndim])
+        items = create_read_items_for_chunk_list(stored_name, entry, [ChunkStorageMetadata(offsets, tensor.shape)])
+        with reading(Path(self.where)):
+            self._reader.read_data(LoadPlan(items), _Into(tensor)).wait()
+        return tensor
+
+
+class _Into(DefaultLoadPlanner):
+    """Reads into one tensor."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__()
+        self.tensor = tensor
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        """The tensor, whatever part of the stored one it stands for."""
+        return self.tensor

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from components.errors import RecipeError
 
@@ -42,6 +43,10 @@ class NamedTensors(ABC):
     def read(self, name: str) -> Tensor:
         """The tensor, on the CPU, in the number format it is stored in; hold it no longer than needed."""
 
+    def read_rows(self, name: str, rows: slice) -> Tensor:
+        """Neighboring rows of the tensor, those of its first dimension, as `read` gives them."""
+        return self.read(name)[rows]
+
 
 class SafetensorsFiles(NamedTensors):
     """The tensors of one or more safetensors files.
@@ -59,7 +64,7 @@ class SafetensorsFiles(NamedTensors):
         files = list(files)
         self.where = _place(files)
         for file in files:
-            with _reading(file), safe_open(file, framework="pt") as stored:
+            with reading(file), safe_open(file, framework="pt") as stored:
                 for name in stored.keys():  # noqa: SIM118, not a dictionary
                     part = stored.get_slice(name)
                     if part.get_dtype() not in _DTYPES:
@@ -69,8 +74,13 @@ class SafetensorsFiles(NamedTensors):
 
     def read(self, name: str) -> Tensor:
         """The tensor; its memory is the file's."""
-        with _reading(self._file_of[name]), safe_open(self._file_of[name], framework="pt") as stored:
+        with reading(self._file_of[name]), safe_open(self._file_of[name], framework="pt") as stored:
             return stored.get_tensor(name)
+
+    def read_rows(self, name: str, rows: slice) -> Tensor:
+        """Rows of the tensor; the others are not read."""
+        with reading(self._file_of[name]), safe_open(self._file_of[name], framework="pt") as stored:
+            return stored.get_slice(name)[rows]
 
 
 class TorchFiles(NamedTensors):
@@ -102,7 +112,7 @@ class TorchFiles(NamedTensors):
         return self._open(self._file_of[name])[name]
 
     def _open(self, file: Path) -> dict[str, Any]:
-        with _reading(file), warnings.catch_warnings():
+        with reading(file), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Detected pickle protocol")  # read or refused all the same
             mapped = zipped(file)  # files of torch before 1.6 cannot be mapped
             stored = torch.load(file, map_location="cpu", weights_only=True, **({"mmap": True} if mapped else {}))
@@ -129,6 +139,10 @@ class Renamed(NamedTensors):
     def read(self, name: str) -> Tensor:
         """The tensor."""
         return self._source.read(self._old[name])
+
+    def read_rows(self, name: str, rows: slice) -> Tensor:
+        """Rows of the tensor."""
+        return self._source.read_rows(self._old[name], rows)
 
 
 @dataclass(frozen=True)
@@ -175,6 +189,12 @@ class Paired(NamedTensors):
         pairing = self._pairings[name]
         return pairing.join([self._source.read(their) for their in pairing.theirs])
 
+    def read_rows(self, name: str, rows: slice) -> Tensor:
+        """Rows of our tensor; those of one that is put together are read with all others."""
+        pairing = self._pairings[name]
+        alone = len(pairing.theirs) == 1 and not pairing.leading_one
+        return self._source.read_rows(pairing.theirs[0], rows) if alone else self.read(name)[rows]
+
     def _info(self, pairing: Pairing) -> TensorInfo:
         infos = [self._source.infos[name] for name in pairing.theirs]
         shape = infos[0].shape
@@ -192,12 +212,52 @@ def weights_in(folder: Path) -> NamedTensors | None:
     for stem, kind in (("model.safetensors", SafetensorsFiles), ("pytorch_model.bin", TorchFiles)):
         index = folder / f"{stem}.index.json"
         if index.is_file():
-            with _reading(index):
+            with reading(index):
                 shards: dict[str, str] = json.loads(index.read_text())["weight_map"]
             return kind(folder / name for name in sorted(set(shards.values())))
         if (folder / stem).is_file():
             return kind([folder / stem])
     return None
+
+
+@torch.no_grad()
+def fill(state: dict[str, Tensor], source: NamedTensors) -> None:
+    """Copy tensors into a model's own, one at a time. Those that the source lacks stay as they are.
+
+    Args:
+        state: The model's, by name. Of one that is sharded by rows, only the rows of this rank are read.
+        source: Where they come from, in any number format.
+    """
+    for name, tensor in state.items():
+        if name in source.infos:
+            rows = rows_here(tensor)
+            if rows is None:
+                assign(tensor, source.read(name))
+            else:
+                tensor.to_local().copy_(source.read_rows(name, rows))  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def assign(target: Tensor, values: Tensor) -> None:
+    """Copy a whole tensor into a parameter, of which this rank may hold a part only."""
+    if isinstance(target, DTensor):
+        # every rank has read the whole tensor: nothing is sent
+        here = values.to(target.device, target.dtype)
+        values = distribute_tensor(here, target.device_mesh, target.placements, src_data_rank=None)
+    target.copy_(values)
+
+
+def rows_here(tensor: Tensor) -> slice | None:
+    """The rows that this rank holds of a tensor that is sharded by rows; None for any other tensor."""
+    if not isinstance(tensor, DTensor) or any(type(p) is not Replicate and p != Shard(0) for p in tensor.placements):
+        return None
+    first, count = 0, tensor.shape[0]
+    for axis, placement in enumerate(tensor.placements):
+        if isinstance(placement, Shard):  # as torch.chunk does: all parts but the last are equal
+            part = -(-count // tensor.device_mesh.size(axis))
+            skipped = min(part * tensor.device_mesh.get_local_rank(axis), count)
+            first, count = first + skipped, min(part, count - skipped)
+    return slice(first, first + count)
 
 
 def differences(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> list[str]:
@@ -224,7 +284,7 @@ def zipped(file: Path) -> bool:
         return opened.read(2) == b"PK"
 
 
-class _reading:  # noqa: N801, reads as a statement
+class reading:  # noqa: N801, reads as a statement
     """Turns what goes wrong while a file is read into a message that names it."""
 
     def __init__(self, file: Path) -> None:
@@ -235,7 +295,7 @@ class _reading:  # noqa: N801, reads as a statement
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, FileNotFoundError):
-            raise RecipeError(f"{self.file} does not exist. Is the download complete?") from error
+            raise RecipeError(f"{error.filename or self.file} does not exist. Is the download complete?") from error
         if isinstance(error, UnpicklingError) and "weights_only" in str(error).lower():
             first = str(error).strip().splitlines()
             reason = next((line for line in first if "Unsupported" in line or "GLOBAL" in line), first[0])

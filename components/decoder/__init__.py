@@ -2,6 +2,6 @@
 
 from components.decoder.base import Decoder
 from components.decoder.causal_lm import HuggingFaceDecoder
-from components.decoder.lora import LoRA, Merged
+from components.decoder.lora import LoRA, Merged, without_adapters
 
-__all__ = ["Decoder", "HuggingFaceDecoder", "LoRA", "Merged"]
+__all__ = ["Decoder", "HuggingFaceDecoder", "LoRA", "Merged", "without_adapters"]

@@ -70,6 +70,11 @@ def adapters(lm: nn.Module) -> Iterable[nn.Parameter]:
     return (parameter for name, parameter in lm.named_parameters() if ".lora_" in name)
 
 
+def without_adapters(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A model's state dict in, that of the same model without adapters out, with the same tensors."""
+    return {name.replace(_BASE, "."): tensor for name, tensor in state.items() if not name.endswith((_DOWN, _UP))}
+
+
 class Merged(NamedTensors):
     """The weights of a model with adapters under its plain names, the adapters added to the layers they belong to.
 
@@ -102,12 +107,19 @@ class Merged(NamedTensors):
 
     def read(self, name: str) -> Tensor:
         """The tensor, in the number format of the base weights; added up in float32."""
-        base = self._source.read(self._base_of[name])
+        return self._merged(name, self._source.read(self._base_of[name]), slice(None))
+
+    def read_rows(self, name: str, rows: slice) -> Tensor:
+        """Rows of the tensor, with the same bits as in the whole one."""
+        return self._merged(name, self._source.read_rows(self._base_of[name], rows), rows)
+
+    def _merged(self, name: str, base: Tensor, rows: slice) -> Tensor:
         if name not in self._adapted:
             return base
         adapter = self._adapted[name]
         down, up = (self._source.read(adapter + end).float() for end in (_DOWN, _UP))
-        return torch.add(base.float(), up @ down, alpha=self._scale).to(base.dtype)
+        # the product of some rows alone may be rounded otherwise
+        return torch.add(base.float(), (up @ down)[rows], alpha=self._scale).to(base.dtype)
 
 
 def _targets(lm: PreTrainedModel, wanted: list[str] | str) -> list[str]:

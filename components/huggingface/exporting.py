@@ -62,7 +62,7 @@ def export(
     with torch.device("meta"):
         model.build()
     weights = merged_weights(checkpoint)
-    demand_fit(model, weights, checkpoint, "--ckpt")
+    demand_fit(model.state_dict(), weights, checkpoint, "--ckpt")
     written_as = DTYPES[dtype] if dtype else default_dtype(recipe, weights)
     tokenizer = load_tokenizer(model.decoder.tokenizer)
     template = resolve_template(preparation.template, tokenizer)

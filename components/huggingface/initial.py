@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from components.decoder import without_adapters
 from components.decoder.architecture import config_differences
 from components.errors import RecipeError
 from components.huggingface.layout import DECODER, PROJECTOR, TOWER, LlavaFolder, open_llava, pairings, preprocessing
-from components.named_tensors import NamedTensors, Paired, differences, listed
+from components.named_tensors import NamedTensors, Paired, differences, fill, listed
 
 PARTS = {"vision_tower": TOWER, "projector": PROJECTOR, "decoder": DECODER}
 
@@ -22,7 +23,7 @@ def load_llava(model: Any, folder: Path, key: str = "model.initial_weights") -> 
     A tower or a decoder that the folder leaves out, as the original releases do, is read from the part's own weights.
 
     Args:
-        model: A VisionLanguageModel, built, in memory and not sharded.
+        model: A VisionLanguageModel, built and in memory, perhaps sharded. Its adapters stay as they are.
         folder: A folder in Hugging Face's or in the original layout, or one with a lone mm_projector.bin.
         key: The option that named it, for the error messages.
 
@@ -46,7 +47,7 @@ def load_llava(model: Any, folder: Path, key: str = "model.initial_weights") -> 
         raise RecipeError(f"{key}: {folder} is not the model of the recipe:\n  {listed(problems)}\n{remedy}")
     pairs = [p for p in pairings(model) if p.ours.split(".")[0] in held]
     check_names(model, llava.tensors, pairs, _not_needed(llava), key)
-    fill(model, Paired(llava.tensors, pairs))
+    fill(without_adapters(model.state_dict()), Paired(llava.tensors, pairs))
     for name in sorted({"vision_tower", "decoder"} - held):
         part = getattr(model, name)
         argument = "pretrained" if name == "vision_tower" else "weights"
@@ -65,7 +66,7 @@ def check_names(model: Any, tensors: NamedTensors, pairs: Iterable[Any], not_nee
     Raises:
         RecipeError: With the list of what is missing, unexpected or mismatched.
     """
-    state = model.state_dict()
+    state = without_adapters(model.state_dict())
     expected: dict[str, tuple[int, ...]] = {}
     for pair in pairs:
         shape = tuple(state[pair.ours].shape)[1 if pair.leading_one else 0 :]
@@ -75,14 +76,6 @@ def check_names(model: Any, tensors: NamedTensors, pairs: Iterable[Any], not_nee
     found = {name: info.shape for name, info in tensors.infos.items() if name not in allowed}
     if problems := differences(expected, found):
         raise RecipeError(f"{key}: the weights in {tensors.where} do not fit the model:\n  {listed(problems)}")
-
-
-@torch.no_grad()
-def fill(model: torch.nn.Module, source: NamedTensors) -> None:
-    """Copy tensors into a model's own, one at a time. Those that the source lacks stay as they are."""
-    for name, tensor in model.state_dict().items():
-        if name in source.infos:
-            tensor.copy_(source.read(name))
 
 
 def allocate(model: Any, dtype: torch.dtype) -> None:

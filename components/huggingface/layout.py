@@ -15,6 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, LlavaConfig, PreTrainedConfig
 
+from components.decoder import without_adapters
 from components.errors import RecipeError
 from components.named_tensors import NamedTensors, Pairing, Renamed, TorchFiles, weights_in
 
@@ -66,9 +67,8 @@ def pairings(model: Any) -> list[Pairing]:
         Pairing(f"vision_tower.{p.ours}", tuple(TOWER + name for name in p.theirs), p.leading_one)
         for p in model.vision_tower.huggingface_names()
     ]
-    state = model.state_dict()
     projector, decoder = [], []
-    for name in state:
+    for name in without_adapters(model.state_dict()):
         if found := re.fullmatch(r"projector\.layers\.(\d+)\.(weight|bias)", name):
             projector.append(Pairing(name, (f"{PROJECTOR}linear_{int(found[1]) // 2 + 1}.{found[2]}",)))
         elif name.startswith("projector."):
@@ -220,3 +220,7 @@ class Joined(NamedTensors):
     def read(self, name: str) -> Tensor:
         """The tensor."""
         return self._source_of[name].read(name)
+
+    def read_rows(self, name: str, rows: slice) -> Tensor:
+        """Rows of the tensor."""
+        return self._source_of[name].read_rows(name, rows)

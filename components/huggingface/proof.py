@@ -18,9 +18,9 @@ from components.batch import IMAGE_TOKEN_ID, Document, pack
 from components.causality import prove_causal
 from components.checkpoint_files import merged_weights
 from components.data import Sample
-from components.huggingface.initial import allocate, fill
+from components.huggingface.initial import allocate
 from components.huggingface.memory import peak_mib
-from components.named_tensors import NamedTensors
+from components.named_tensors import NamedTensors, fill
 from components.rebuild import read_checkpoint_recipe, rebuild
 from components.turns import Turn
 
@@ -72,11 +72,11 @@ def ours(folder: Path, job: dict[str, Any]) -> None:
         prompts.append(preparation.prompt(sample, model.tokenizer, layout))
 
     dtype = getattr(torch, job["dtype"])
-    fill(model, weights)
+    fill(model.state_dict(), weights)
     unrounded = (
         [model.generate_ids([prompt], NEW_TOKENS, end_token_id=end)[0] for prompt in prompts] if dtype != torch.float32 else None
     )
-    fill(model, Rounded(weights, dtype))
+    fill(model.state_dict(), Rounded(weights, dtype))
     tensors: dict[str, Tensor] = {}
     answers = []
     with torch.no_grad():

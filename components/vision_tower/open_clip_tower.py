@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from components.errors import RecipeError
 from components.hub import fetch, looks_like_hub_id
-from components.named_tensors import NamedTensors, Paired, Pairing, Renamed
+from components.named_tensors import NamedTensors, Paired, Pairing, Renamed, assign, fill
 from components.vision_tower.base import VisionTower
 from components.vision_tower.hugging_face import CLIP, FINAL_NORM, SIGLIP, Family, blocks_of, config_of
-from components.vision_tower.weights import Split, assign, demand_fit, folder_tensors, open_clip_tensors, their_shapes
+from components.vision_tower.weights import Split, demand_fit, folder_tensors, open_clip_tensors, their_shapes
 
 KEY = "model.vision_tower.init_args.pretrained"
 CLIP_TABLE = "positional_embedding"
@@ -118,9 +118,9 @@ class OpenClipTower(VisionTower):
             unused = self._shapes.keys() - state.keys()
             needed = Renamed(given, lambda name: None if name in unused else name)
             demand_fit(needed, _shapes(state), CLIP_TABLE, self.pretrained)
-        for name, parameter in state.items():  # one at a time: memory holds no second tower
-            tensor = given.read(name)
-            assign(parameter, self._resized(tensor) if name == CLIP_TABLE else tensor)
+        if (table := state.pop(CLIP_TABLE, None)) is not None:
+            assign(table, self._resized(given.read(CLIP_TABLE)))
+        fill(state, given)
 
     def forward(self, pixels: UInt8[Tensor, "images 3 size size"]) -> Float[Tensor, "images patches feature_dim"]:
         """Patch features, in reading order, of pictures that are normalised here, on the device."""

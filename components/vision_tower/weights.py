@@ -7,9 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from components.errors import RecipeError
 from components.named_tensors import (
@@ -113,16 +111,6 @@ def demand_fit(found: NamedTensors, shapes: dict[str, tuple[int, ...]], table: s
             f"The weights '{source}' do not fit the vision tower ({len(problems)} differences). State the model_name or config "
             f"that they were trained with.\n  {listed(problems)}"
         )
-
-
-@torch.no_grad()
-def assign(target: Tensor, values: Tensor) -> None:
-    """Copy a whole tensor into a parameter, of which this rank may hold a part only."""
-    if isinstance(target, DTensor):
-        # every rank has read the whole tensor: nothing is sent
-        here = values.to(target.device, target.dtype)
-        values = distribute_tensor(here, target.device_mesh, target.placements, src_data_rank=None)
-    target.copy_(values)
 
 
 class Split(NamedTensors):

@@ -19,6 +19,7 @@ from tiny import (
 from torch.distributed.checkpoint import FileSystemWriter, save
 
 from callbacks.checkpoint import Checkpoint
+from components.checkpoint_files import checkpoint_weights
 from components.decoder import HuggingFaceDecoder
 from components.errors import RecipeError
 from components.manifest import seal
@@ -74,6 +75,22 @@ def test_sharded_checkpoint(sharded):
     folder, expected = sharded
     model = built_model(initial_weights=str(folder))
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(model).items())
+
+
+def test_rows_of_a_sharded_checkpoint(sharded):
+    folder, expected = sharded
+    stored = checkpoint_weights(checkpoint_folder(folder, 4))
+    for name in stored.infos:
+        for rows in (slice(0, 0), slice(0, 1), slice(1, 9), slice(2, None)):
+            assert torch.equal(stored.read_rows(name, rows), stored.read(name)[rows])
+    assert torch.equal(stored.read_rows("projector.layers.0.weight", slice(3, 7)), expected["projector.layers.0.weight"][3:7])
+
+
+def test_a_sharded_checkpoint_that_lacks_a_file(sharded):
+    folder, _ = sharded
+    next(checkpoint_folder(folder, 4).glob("state/*.distcp")).unlink()
+    with pytest.raises(RecipeError, match=r"distcp"):
+        built_model(initial_weights=str(folder))
 
 
 def test_no_other_weights_are_read(run, monkeypatch):

@@ -94,6 +94,8 @@ def test_merged_weights_are_those_of_peft(kind, tmp_path):
     read = {name: merged.read(name) for name in merged.infos}
     for name, info in merged.infos.items():
         assert (tuple(read[name].shape), read[name].dtype) == (info.shape, info.dtype)
+        rows = slice(3, 3 + info.shape[0] // 2)
+        assert torch.equal(merged.read_rows(name, rows), read[name][rows])
     plain.load_state_dict(read)
     torch.testing.assert_close(logits(plain, tiny_document(9)), logits(adapted, tiny_document(9)), rtol=1e-5, atol=1e-5)
 

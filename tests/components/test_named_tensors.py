@@ -43,6 +43,22 @@ def test_every_form_gives_the_same(form, tmp_path):
     assert all(torch.equal(found.read(name), tensor) for name, tensor in TENSORS.items())
 
 
+ROWS = [slice(0, 0), slice(0, 1), slice(1, 3), slice(3, 3)]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("rows", ROWS)
+def test_rows_are_those_of_the_whole(form, rows, tmp_path):
+    write(form, tmp_path)
+    found = weights_in(tmp_path)
+    renamed = Renamed(found, lambda name: f"x.{name}")
+    paired = Paired(found, [Pairing("one", ("a",)), Pairing("both", ("a", "a")), Pairing("row", ("a",), leading_one=True)])
+    for name, tensor in TENSORS.items():
+        assert torch.equal(found.read_rows(name, rows), tensor[rows])
+        assert torch.equal(renamed.read_rows(f"x.{name}", rows), tensor[rows])
+    assert all(torch.equal(paired.read_rows(name, rows), paired.read(name)[rows]) for name in paired.infos)
+
+
 def test_a_folder_without_weights(tmp_path):
     assert weights_in(tmp_path) is None
 
