@@ -29,7 +29,8 @@ class Assumptions:
         values = f"text_tokens = {text}, supervised_tokens = {supervised}, images_per_sample = {images}"
         if text is None and (supervised is not None or images is not None):
             raise RecipeError(f"plan: {values}. State text_tokens too, or none of them: then all are measured.")
-        if (text is not None and text < 1) or (supervised is not None and not 1 <= supervised <= text) or (images or 0) < 0:
+        out_of_range = text is not None and (text < 1 or not 1 <= (text if supervised is None else supervised) <= text)
+        if out_of_range or (images or 0) < 0:
             raise RecipeError(
                 f"plan: {values}. text_tokens must be at least 1, supervised_tokens between 1 and text_tokens, "
                 "images_per_sample at least 0."

@@ -90,8 +90,8 @@ class FirstSamples:
         drawn = self.max_steps * self.data.global_batch_size
         for (name, source), quota, size in zip(self.data.sources.items(), self._mixture.quotas, sizes, strict=True):
             share = int(quota) / BLOCK
-            known = (None, None) if missing[name] else (size, drawn * share / size)
-            self.shares.append(Share(name, source.describe(), share, *known, missing[name]))
+            samples, epochs = (None, None) if missing[name] else (size, drawn * share / size)
+            self.shares.append(Share(name, source.describe(), share, samples, epochs, missing[name]))
 
     @property
     def complete(self) -> bool:

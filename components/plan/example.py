@@ -1,0 +1,98 @@
+"""Example: one sample of a recipe as the model reads it, its own where data and tokenizer are at hand."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from components.batch import IGNORE_INDEX, Batch, Document, SampleFormat, pack
+from components.chat_template import OF_TOKENIZER
+from components.data import Preparation, Sample
+from components.errors import BadSample
+from components.plan.samples import FirstSamples
+from components.shapes_world import WORDS, Setting, draw_scene
+from components.tokenizer import WordTokenizer
+from components.turns import Turn
+
+MAX_DOCUMENTS = 16
+"""Documents of a micro-batch that are shown."""
+VISUAL, SUPERVISED, CONTEXT = "visual", "supervised", "context"
+
+
+@dataclass(frozen=True)
+class Example:
+    """A sample and what becomes of it.
+
+    Args:
+        sample: As the data have it.
+        documents: The documents of its micro-batch; the first one is the sample's.
+        preparation: How they were prepared.
+        tokenizer: What split the text.
+        layout: What the model expects.
+        remarks: What of this is not the recipe's own; empty when everything is.
+    """
+
+    sample: Sample
+    documents: list[Document]
+    preparation: Preparation
+    tokenizer: PreTrainedTokenizerBase
+    layout: SampleFormat
+    remarks: list[str]
+
+    @property
+    def batch(self) -> Batch:
+        """The documents, packed."""
+        return pack(self.documents, self.layout.image_token_id)
+
+    def spans(self, document: Document) -> list[tuple[str, int, int]]:
+        """A document in, its spans out: what they are to the model, first and one past the last position."""
+        supervised = np.where(document.labels != IGNORE_INDEX, SUPERVISED, CONTEXT)
+        kinds = np.where(document.input_ids == self.layout.image_token_id, VISUAL, supervised)
+        edges = [0, *(np.flatnonzero(kinds[1:] != kinds[:-1]) + 1).tolist(), len(kinds)]
+        return [(str(kinds[start]), start, end) for start, end in pairwise(edges)]
+
+
+def example_of(first: FirstSamples, micro_batch: int) -> Example:
+    """The first sample of a run and those beside it.
+
+    Where data or tokenizer are not at hand, a scene of ShapesWorld and a tokenizer of its words take their places.
+
+    Args:
+        first: What is at hand.
+        micro_batch: Samples of a micro-batch, >= 1.
+
+    Raises:
+        RecipeError: There is no such template.
+    """
+    preparation, layout = first.data.preparation, first.layout
+    if first.prepared and first.tokenizer is not None:
+        shown = next((number for number, (sample, _) in enumerate(first.prepared) if sample.images), 0)
+        order = [shown, *(number for number in range(len(first.prepared)) if number != shown)]
+        documents = [first.prepared[number][1] for number in order[: min(micro_batch, MAX_DOCUMENTS)]]
+        return Example(first.prepared[shown][0], documents, preparation, first.tokenizer, layout, [])
+    remarks = []
+    tokenizer = first.tokenizer
+    if tokenizer is None:
+        remarks.append(f"{first.no_tokenizer}: words of ShapesWorld are one token here, other text one a byte")
+        tokenizer = WordTokenizer(list(WORDS)).build()
+        if preparation.template == OF_TOKENIZER:
+            remarks.append("the template is the tokenizer's own, so the template brief takes its place")
+            preparation = Preparation("brief", preparation.decoding, preparation.image_mode, preparation.max_length)
+    if sample := first.any_sample():
+        try:
+            document = preparation.document(sample, tokenizer, layout)
+            return Example(sample, [document], preparation, tokenizer, layout, remarks)
+        except BadSample:  # many bytes, each a token
+            pass
+    remarks.insert(0, "no sample of the data is on this machine: the program has drawn a scene")
+    drawn = [_scene(number, layout.image_size) for number in range(min(micro_batch, MAX_DOCUMENTS))]
+    longer = Preparation(preparation.template, preparation.decoding, preparation.image_mode, max_length=10**6)
+    documents = [longer.document(sample, tokenizer, layout) for sample in drawn]
+    return Example(drawn[0], documents, preparation, tokenizer, layout, remarks)
+
+
+def _scene(number: int, image_size: int) -> Sample:
+    scene = draw_scene(Setting(image_size=image_size), np.random.default_rng(number), held_out_pairs=False)
+    turns = [Turn("user", "<image>\ndescribe the picture"), Turn("assistant", scene.caption())]
+    return Sample(f"scene {number}", turns, [scene.picture()])
