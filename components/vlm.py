@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Float
 from lightning import LightningModule
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 from torch.optim import AdamW, Optimizer
@@ -23,6 +22,7 @@ from components.causality import prove_causal
 from components.checkpoint_files import load_initial_weights
 from components.decoder import Decoder
 from components.errors import RecipeError
+from components.optimizer_step import OptimizerStep, Wishes, divide_gradients
 from components.projector import Projector
 from components.sharding import gradient_norm, layout_of, shard, whole_shape
 from components.tokenizer import load_tokenizer
@@ -82,6 +82,8 @@ class VisionLanguageModel(LightningModule):
         self.initial_weights = initial_weights
         self.built = False
         self.step_totals: Float[Tensor, " two"] | None = None
+        self.wishes = Wishes()
+        self.step: OptimizerStep | None = None
         rates = asdict(learning_rates)
         if not any(rates.values()) or any(rate is not None and rate <= 0 for rate in rates.values()):
             raise RecipeError(
@@ -233,25 +235,26 @@ class VisionLanguageModel(LightningModule):
         """After the last micro-batch of an optimizer step: divide the gradients by the supervised tokens of all ranks."""
         if (self.trainer.fit_loop.batch_idx + 1) % self.trainer.accumulate_grad_batches:
             return
-        loss, count = self.trainer.strategy.reduce(self.step_totals, reduce_op="sum")
-        self.step_totals = None
-        if count == 0:  # nothing to learn from: weights and optimizer state stay, schedule and data advance
-            self.zero_grad(set_to_none=True)
-            return
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        if gradients:  # the shards of this rank may be of frozen parameters alone
-            torch._foreach_div_([g.to_local() if isinstance(g, DTensor) else g for g in gradients], count)
-        self.log("train/loss", loss / count, prog_bar=True)
+        assert self.step_totals is not None
+        loss, count = self.step_totals
+        mine = torch.stack([loss, count, *(torch.full_like(loss, wish) for wish in self.wishes.numbers())])
+        self.step_totals, self.all_totals = None, self.trainer.strategy.reduce(mine, reduce_op="sum")
+        divide_gradients(self.parameters(), self.all_totals[1].clamp(min=1))
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Log the norm of all gradients and clip by it, alike for whole and for sharded gradients."""
-        parameters = [p for p in self.parameters() if p.grad is not None]
+        """Clip by the norm of all gradients. A step without targets, or not finite on any rank, leaves weights and optimizer state."""
         norm = gradient_norm(self.parameters())
+        # the one moment of a step at which the host waits for the device
+        self.step = OptimizerStep(*torch.cat([self.all_totals, norm.reshape(1)]).tolist())
+        if self.step.skipped:
+            self.zero_grad(set_to_none=True)
+            return
+        self.log("train/loss", self.all_totals[0] / self.all_totals[1], prog_bar=True)
         self.log("norm/gradient", norm)
         if gradient_clip_val:
-            nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+            nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, norm)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add up the loss and the supervised tokens of the data module's source of this loader."""
