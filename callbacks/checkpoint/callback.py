@@ -14,8 +14,8 @@ from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from callbacks.checkpoint.canary import CANARY, GIB, try_checkpoint, verify
-from callbacks.checkpoint.saving import Saving
+from callbacks.checkpoint.canary import CANARY, try_checkpoint, verify
+from callbacks.checkpoint.saving import GIB, Saving, size
 from components.errors import RecipeError
 from components.manifest import what_is_missing
 from components.run_folder import (
@@ -85,9 +85,14 @@ class Checkpoint(LightningCheckpoint):
     # --- start and end
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Before a run continues: its checkpoint is what was written."""
-        if stage == "fit" and trainer.ckpt_path:
-            verify(trainer, Path(trainer.ckpt_path).parent)
+        """Before a run continues: its newest checkpoint is what was written."""
+        if stage == "fit":
+            run = Path(trainer.log_dir or ".")  # log_dir talks to all ranks
+            # one rank looks: a file system may show the others an older folder
+            newest = trainer.strategy.broadcast(complete_checkpoints(run)[-1:] if trainer.is_global_zero else [])
+            self.continues = bool(newest)
+            for checkpoint in newest:
+                verify(trainer, checkpoint)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What an earlier start left half-done goes; then the disk is tried."""
@@ -95,7 +100,7 @@ class Checkpoint(LightningCheckpoint):
         if trainer.is_global_zero:
             _tidy(run)
         trainer.strategy.barrier("checkpoints tidied")
-        if self.canary and not trainer.ckpt_path:
+        if self.canary and not self.continues:
             try_checkpoint(trainer, run, self._at_once(trainer))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -174,7 +179,7 @@ class Checkpoint(LightningCheckpoint):
 
     def _tell_failure(self, saving: Saving, problem: str) -> None:
         self.failed_saves += 1
-        told = f"checkpoint: {saving.final} ({saving.num_bytes / GIB:.2f} GiB) could not be written: {problem}."
+        told = f"checkpoint: {saving.final} ({size(saving.num_bytes)}) could not be written: {problem}."
         if self.failed_saves >= self.max_failed_saves:
             raise RecipeError(
                 f"{told} The run ends here. Make room, or make the folder writable; the same command then continues from the "

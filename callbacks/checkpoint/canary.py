@@ -11,13 +11,12 @@ from lightning import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.optim import Optimizer
 
-from callbacks.checkpoint.saving import Saving
+from callbacks.checkpoint.saving import Saving, size
 from components.errors import RecipeError
 from components.manifest import damaged_files, read_manifest
 from components.run_folder import CHECKPOINTS, STATE
 
 CANARY = "canary"
-GIB = 1 << 30
 
 say = rank_zero_only(print)
 
@@ -37,10 +36,10 @@ def try_checkpoint(trainer: Trainer, run: Path, at_once: int) -> None:
     with states_of_zeros(trainer.optimizers):
         saving = Saving(trainer, run, folder / CANARY, asynchronous=False)
         problem = saving.finish()
-        size = f"{saving.num_bytes / GIB:.2f} GiB"
+        each = size(saving.num_bytes)
         if problem:
             raise RecipeError(
-                f"checkpoint: {folder} does not take a checkpoint of {size}, tried before the first step: {problem}. Make room, or "
+                f"checkpoint: {folder} does not take a checkpoint of {each}, tried before the first step: {problem}. Make room, or "
                 "make the folder writable for every node; runs may be a link to a folder on another disk."
             )
         begin = time.monotonic()
@@ -49,13 +48,13 @@ def try_checkpoint(trainer: Trainer, run: Path, at_once: int) -> None:
         seconds = time.monotonic() - begin
     needed = at_once * saving.num_bytes
     free: int = trainer.strategy.broadcast(_remove(folder / CANARY) if trainer.is_global_zero else 0)
-    room = f"{at_once} of them at once need {needed / GIB:.2f} GiB of {free / GIB:.2f} free"
+    room = f"{at_once} of them at once need {size(needed)} of {size(free)} that are free"
     if free < needed:
         raise RecipeError(
-            f"checkpoint: {folder} has too little room: a checkpoint is {size}, and {room}. Make room, lower checkpoint.keep, or "
+            f"checkpoint: {folder} has too little room: a checkpoint is {each}, and {room}. Make room, lower checkpoint.keep, or "
             "make runs a link to a folder on another disk."
         )
-    say(f"checkpoints of {size}: written in {saving.seconds:.1f} s and loaded in {seconds:.1f} s; {room}")
+    say(f"checkpoints of {each}: written in {saving.seconds:.1f} s and loaded in {seconds:.1f} s; {room}")
 
 
 def verify(trainer: Trainer, checkpoint: Path) -> None:

@@ -17,6 +17,13 @@ from components.run_folder import RECIPE, UNFINISHED
 WAITS = (2.0, 10.0)
 """Seconds before a write that failed is tried again, as often as there are numbers."""
 
+GIB = 2**30
+
+
+def size(num_bytes: int) -> str:
+    """Bytes, as people say them."""
+    return f"{num_bytes / GIB:,.1f} GiB" if num_bytes >= GIB else f"{num_bytes / 2**20:.1f} MiB"
+
 
 class Saving:
     """A run between two steps in, a complete checkpoint or what prevented it out. Every method is called on all ranks.

@@ -106,8 +106,7 @@ class _Sharded(Snapshot):
     """A state whose tensors lie over the ranks: everything that several ranks hold is written by one of them."""
 
     def __init__(self, trainer: Trainer, checkpoint: dict[str, Any], copy: bool) -> None:
-        section = "model" if isinstance(trainer.strategy, FSDPStrategy) else "state_dict"  # where Lightning looks for it
-        tensors = {section: checkpoint.pop("state_dict")}
+        tensors = {"state_dict": checkpoint.pop("state_dict")}
         tensors |= {f"optimizer_{number}": state for number, state in enumerate(checkpoint.pop("optimizer_states"))}
         planner = DefaultSavePlanner()
         planner.set_up_planner(tensors, is_coordinator=trainer.is_global_zero)
