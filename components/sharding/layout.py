@@ -20,7 +20,7 @@ class Layout:
         defer_reduce_scatter: Whether gradients stay whole on every rank until the last micro-batch of an optimizer step.
         activation_checkpointing: What of a block is computed again in the backward pass: nothing, some, or all.
         compile_blocks: Whether each block is compiled.
-        replicate_frozen: Whether parts that do not train are held whole, in `param_dtype`, by every rank.
+        replicate_frozen: Whether parameters that do not train are held whole, in `param_dtype`, by every rank.
     """
 
     replicas: int

@@ -17,7 +17,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from components.errors import RecipeError
-from components.sharding.layout import Dtype, Layout
+from components.sharding.layout import Checkpointing, Dtype, Layout
+from components.sharding.recomputation import recompute
+from components.sharding.units import flowing_modules, keep_frozen_whole, units
 
 
 class HybridSharding(ModelParallelStrategy):
@@ -28,10 +30,20 @@ class HybridSharding(ModelParallelStrategy):
         shards: Ranks that one copy of the model is spread over, >= 1; the GPUs of a node, or all ranks.
         param_dtype: Dtype of the computation. The shards themselves, and the optimizer state, stay float32.
         reduce_dtype: Dtype in which gradients are reduced.
+        reshard_after_forward: Whether the gathered parameters of a block are freed after its forward pass and gathered again for
+            its backward pass. false saves a third of the traffic and holds the whole model, in `param_dtype`, on every rank.
+        defer_reduce_scatter: Whether the gradients of all micro-batches of an optimizer step are reduced at once, with the last.
+            Until then every rank holds the gradients of the whole model, in `reduce_dtype`. false: they are reduced within each
+            group after every micro-batch, and across groups with the last.
+        activation_checkpointing: What the backward pass computes again, in the blocks that it goes through. `none`: nothing.
+            `selective`: all but the results of matrix products and of attention. `full`: all but the input of a block.
+        compile_blocks: Whether each block is compiled by torch.compile.
+        replicate_frozen: Whether parameters that do not train are held whole, in `param_dtype`, by every rank, and never sent;
+            checkpoints then hold them in that dtype.
         timeout_minutes: How long a collective may take before the run is ended, > 0.
 
     Raises:
-        RecipeError: replicas x shards is not the number of ranks.
+        RecipeError: A value out of range, or one without effect; replicas x shards is not the number of ranks.
     """
 
     def __init__(
@@ -40,14 +52,50 @@ class HybridSharding(ModelParallelStrategy):
         shards: int,
         param_dtype: Dtype = "bfloat16",
         reduce_dtype: Dtype = "float32",
+        reshard_after_forward: bool = True,
+        defer_reduce_scatter: bool = False,
+        activation_checkpointing: Checkpointing = "none",
+        compile_blocks: bool = False,
+        replicate_frozen: bool = False,
         timeout_minutes: float = 30,
     ) -> None:
+        if replicas < 1 or shards < 1 or timeout_minutes <= 0:
+            raise RecipeError(
+                f"trainer.strategy.init_args: replicas {replicas} and shards {shards} must be at least 1, timeout_minutes "
+                f"{timeout_minutes} above 0."
+            )
+        if defer_reduce_scatter and shards == 1:
+            raise RecipeError(
+                "trainer.strategy.init_args.defer_reduce_scatter has no effect, since shards is 1: nothing is scattered. Make it "
+                "false; gradients cross the replicas once per optimizer step in any case."
+            )
         super().__init__(data_parallel_size=replicas * shards, tensor_parallel_size=1, timeout=timedelta(minutes=timeout_minutes))
-        self.layout = Layout(replicas, shards, param_dtype, reduce_dtype)
+        self.layout = Layout(
+            replicas,
+            shards,
+            param_dtype,
+            reduce_dtype,
+            reshard_after_forward,
+            defer_reduce_scatter,
+            activation_checkpointing,
+            compile_blocks,
+            replicate_frozen,
+        )
 
     def setup_environment(self) -> None:
         """Start the process group and lay the mesh over it."""
         replicas, shards = self.layout.replicas, self.layout.shards
+        trainer = self.lightning_module.trainer  # type: ignore[union-attr]
+        if self.layout.defer_reduce_scatter and trainer.accumulate_grad_batches == 1:
+            raise RecipeError(
+                "trainer.strategy.init_args.defer_reduce_scatter has no effect, since trainer.accumulate_grad_batches is 1. Make "
+                "it false, or let a step have several micro-batches."
+            )
+        if trainer.precision != "32-true":
+            raise RecipeError(
+                f"trainer.precision is {trainer.precision}, but trainer.strategy keeps its shards in float32 and computes in its "
+                "param_dtype. Make trainer.precision 32-true."
+            )
         if self.layout.ranks != self.num_nodes * self.num_processes:
             raise RecipeError(
                 f"trainer.strategy lays {replicas} replicas x {shards} shards = {self.layout.ranks} ranks, but "
@@ -64,11 +112,12 @@ class HybridSharding(ModelParallelStrategy):
     def block_backward_sync(self) -> Iterator[None]:
         """Around every micro-batch of an optimizer step but the last: gradients cross the groups once per step."""
         model: Any = self.model
-        model.set_requires_all_reduce(False)
+        exchange = model.set_requires_gradient_sync if self.layout.defer_reduce_scatter else model.set_requires_all_reduce
+        exchange(False)
         try:
             yield
         finally:
-            model.set_requires_all_reduce(True)
+            exchange(True)
 
 
 def layout_of(model: LightningModule) -> Layout:
@@ -87,16 +136,33 @@ def layout_of(model: LightningModule) -> Layout:
 
 
 def shard(model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, layout: Layout) -> None:
-    """Shard every block, then the rest of the model, and let `generate` gather it as `forward` does.
+    """Shard every unit of the model, and let `generate` gather the root as `forward` does.
 
     Args:
-        model: The root, fully built, perhaps on the meta device.
-        blocks: Modules inside it that are gathered one after another.
+        model: A `VisionLanguageModel`, fully built, perhaps on the meta device.
+        blocks: Modules inside it that are gathered, recomputed and compiled one by one.
         mesh: Its dimensions are named `replicate` and `shard`.
         layout: What to do to the model.
+
+    Raises:
+        RecipeError: `replicate_frozen` where nothing is frozen, or a unit that trains in part.
     """
     mesh = mesh["replicate", "shard"] if layout.replicas > 1 else mesh["shard"]
     policy = MixedPrecisionPolicy(param_dtype=getattr(torch, layout.param_dtype), reduce_dtype=getattr(torch, layout.reduce_dtype))
-    for module in [*blocks, model]:
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+    whole = keep_frozen_whole(model, getattr(torch, layout.param_dtype)) if layout.replicate_frozen else set()
+    flowing = flowing_modules(model)
+    for block in blocks:
+        if layout.activation_checkpointing != "none" and block in flowing:
+            recompute(block, layout.activation_checkpointing)
+    for unit in units(model, blocks, whole):
+        # backward begins with the root's parameters; a frozen part's are not needed again after forward
+        reshard = unit.module is not model and (layout.reshard_after_forward or not unit.gradients_flow)
+        unit.module.register_forward_hook(_own_memory)
+        sharded = fully_shard(unit.module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, ignored_params=whole)
+        sharded.set_unshard_in_backward(unit.gradients_flow)
     register_fsdp_forward_method(model, "generate")  # the steps call forward
+
+
+def _own_memory(module: nn.Module, arguments: Any, output: Any) -> Any:
+    """FSDP2 gathers for the backward pass when it reaches the output of a unit, which it may miss if that is a view."""
+    return output.clone() if isinstance(output, torch.Tensor) and output._is_view() else output

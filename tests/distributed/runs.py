@@ -127,16 +127,9 @@ def train(
     rank = rank_of(ranks)
     rows = [pack(row) for row in held_out[rank * len(held_out) // ranks : (rank + 1) * len(held_out) // ranks]]
     model, record = make(rates, weight_decay=0.1), Record()
-    trainer = tiny_trainer(
-        accumulate,
-        callbacks=[record, *callbacks],
-        devices=ranks,
-        strategy=strategy(),
-        gradient_clip_val=clip,
-        limit_val_batches=1.0,
-        val_check_interval=len(steps) // 2 * accumulate,
-        **options,
-    )
+    options = {"limit_val_batches": 1.0, "val_check_interval": len(steps) // 2 * accumulate} | options
+    options |= {"devices": ranks, "strategy": strategy(), "gradient_clip_val": clip}
+    trainer = tiny_trainer(accumulate, callbacks=[record, *callbacks], **options)
     trainer.fit(model, datamodule=Prepared(deal(steps, ranks, rank, accumulate), {"other": rows}))
     assert trainer.global_step == len(steps)
     losses = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val")}
