@@ -1,0 +1,232 @@
+"""Rank 0 of 128 by simulation, against counts, bytes and FLOPs worked out by hand from the shapes of the layers."""
+
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import DECODER_FROZEN, TOWER_FROZEN, tiny_model
+from torch import distributed
+
+from components.decoder import HuggingFaceDecoder
+from components.errors import RecipeError
+from components.plan.communication import Collective
+from components.plan.schedule import Schedule
+from components.plan.simulate import Comparison, MeanSample, Simulation, compare, simulate
+from components.projector import MLP
+from components.sharding import Layout
+from components.tokenizer import WordTokenizer
+from components.vision_tower import OpenClipTower
+from components.vlm import VisionLanguageModel
+
+LAYERS = {"tower": 2, "decoder": 2}
+LLAMA_13B = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 5120,
+    "intermediate_size": 13824,
+    "num_hidden_layers": LAYERS["decoder"],
+    "num_attention_heads": 40,
+    "num_key_value_heads": 40,
+}
+VIT_LARGE = {"image_size": 224, "patch_size": 14, "width": 1024, "layers": LAYERS["tower"], "head_width": 64}
+SAMPLE = MeanSample(text_tokens=64, target_tokens=64)
+TOKENS = 64 + 256
+
+BLOCK = [(5120, 5120)] * 4 + [(13824, 5120)] * 2 + [(5120, 13824)] + [(5120,)] * 2
+PROJECTOR = [(5120, 1024), (5120,), (5120, 5120), (5120,)]
+ROOT = [(32000, 5120)] * 2 + [(5120,)]  # the decoder's embeddings, head and norm
+TOWER_BLOCK = [(3072, 1024), (3072,), (1024, 1024), (1024,), (4096, 1024), (4096,), (1024, 4096), (1024,)] + [(1024,)] * 4
+TOWER_REST = [(1024, 3, 14, 14), (1024,), (257, 1024), (1024,), (1024,)]
+
+RATES = {"decoder trains": TOWER_FROZEN, "decoder frozen": DECODER_FROZEN}
+FULL_SHARD = Layout(replicas=1, shards=128)
+HYBRID = Layout(replicas=16, shards=8)
+
+
+def model_13b(rates=TOWER_FROZEN, **decoder):
+    """A slice of LLaMA-2 13B behind a slice of CLIP ViT-L/14."""
+    return VisionLanguageModel(
+        OpenClipTower(config=VIT_LARGE, feature_layer=-1),
+        MLP(depth=2),
+        HuggingFaceDecoder({**LLAMA_13B, **decoder}, WordTokenizer()),
+        rates,
+    )
+
+
+@functools.cache
+def simulated(layout=FULL_SHARD, accumulation=1, rates="decoder trains", micro_batch=1):
+    return simulate(model_13b(RATES[rates]), Schedule(layout, micro_batch, accumulation), SAMPLE)
+
+
+def numbers(shapes, shards=128):
+    """Numbers in tensors of these shapes, as they are sent: the rows are filled up to a multiple of the shards."""
+    padded = [(-(-rows // shards) * shards, *rest) for rows, *rest in shapes]
+    return sum(functools.reduce(int.__mul__, shape) for shape in padded)
+
+
+def gathered(shards=128, passes=2):
+    """All-gathers of a micro-batch: what gradients flow through twice, but for the root, which is not freed in between."""
+    once = [TOWER_BLOCK] * LAYERS["tower"] + [TOWER_REST, ROOT]
+    both = [BLOCK] * LAYERS["decoder"] + [PROJECTOR]
+    units = once + passes * both
+    return Collective(len(units), 2 * sum(numbers(unit, shards) for unit in units))
+
+
+def reduced(shards=128):
+    """Reduce-scatters of a micro-batch: the units of what trains."""
+    units = [BLOCK] * LAYERS["decoder"] + [PROJECTOR, ROOT]
+    return Collective(len(units), 4 * sum(numbers(unit, shards) for unit in units))
+
+
+def total_peak(step):
+    return sum(step.peak_memory.values())
+
+
+def times(number, collective):
+    return Collective(number * collective.calls, number * collective.bytes)
+
+
+def test_full_shard():
+    assert simulated().collectives == {"all_gather": gathered(), "reduce_scatter": reduced()}
+
+
+def test_every_micro_batch_gathers_and_reduces():
+    step = simulated(accumulation=5)
+    assert step.collectives == {name: times(5, one) for name, one in simulated().collectives.items()}
+    assert step.flops == 5 * simulated().flops == 5 * step.micro_batch_flops
+    assert step.ran == 3
+
+
+def test_gradients_cross_the_replicas_once_per_step():
+    calls = simulated(HYBRID, accumulation=3).collectives
+    assert calls["all_reduce"] == Collective(reduced(8).calls, reduced(8).bytes // 8)
+    assert calls["all_gather"] == times(3, gathered(8))
+    assert calls["reduce_scatter"] == times(3, reduced(8))
+
+
+def test_parameters_that_are_kept_are_gathered_once():
+    step = simulated(replace(FULL_SHARD, reshard_after_forward=False))
+    assert step.collectives == {"all_gather": gathered(passes=1), "reduce_scatter": reduced()}
+
+
+def test_deferred_gradients_are_reduced_once_per_step():
+    step = simulated(replace(FULL_SHARD, defer_reduce_scatter=True), accumulation=2)
+    assert step.collectives == {"all_gather": times(2, gathered()), "reduce_scatter": reduced()}
+    whole_gradients = 4 * numbers(LAYERS["decoder"] * BLOCK + PROJECTOR + ROOT)
+    assert total_peak(step) > total_peak(simulated(accumulation=5)) + whole_gradients - 4 * numbers(ROOT)
+
+
+def test_of_a_frozen_decoder_only_the_projector_is_reduced():
+    calls = simulated(rates="decoder frozen").collectives
+    assert calls == {"all_gather": gathered(), "reduce_scatter": Collective(1, 4 * numbers(PROJECTOR))}
+
+
+def test_a_frozen_decoder_that_is_replicated_is_never_sent():
+    step = simulated(replace(FULL_SHARD, replicate_frozen=True), rates="decoder frozen")
+    projector = numbers(PROJECTOR)
+    assert step.collectives == {"all_gather": Collective(2, 2 * 2 * projector), "reduce_scatter": Collective(1, 4 * projector)}
+    frozen = 2 * numbers(LAYERS["decoder"] * BLOCK + ROOT + LAYERS["tower"] * TOWER_BLOCK + TOWER_REST, shards=1)
+    assert step.peak_memory["replicated param"] == frozen
+    assert step.shard_bytes == frozen + 4 * projector // 128
+
+
+@pytest.mark.parametrize("what", ["selective", "full"])
+def test_what_is_computed_again_is_not_sent_again(what):
+    step = simulated(replace(FULL_SHARD, activation_checkpointing=what))
+    assert step.collectives == simulated().collectives
+    part = forward_flops()
+    # the result of a block's last layer is not needed again
+    last_layers = LAYERS["decoder"] * 2 * TOKENS * 5120 * 13824
+    recomputed = part["blocks"] - last_layers + part["attention"] if what == "full" else 0
+    assert step.flops - simulated().flops == recomputed
+
+
+def forward_flops():
+    """Matmul FLOPs of the forward pass by part: class token, patch embedding and all; causal attention is half of the square."""
+    patches, tokens = 256, TOKENS
+    return {
+        "tower": LAYERS["tower"] * (2 * 257 * 12 * 1024**2 + 4 * 257**2 * 1024) + 2 * patches * (3 * 14 * 14) * 1024,
+        "projector": 2 * patches * (1024 * 5120 + 5120 * 5120),
+        "blocks": LAYERS["decoder"] * 2 * tokens * (4 * 5120**2 + 3 * 5120 * 13824),
+        "attention": LAYERS["decoder"] * 2 * tokens**2 * 5120,
+        "head": 2 * 64 * 5120 * 32000,
+    }
+
+
+def of_a_step(linear_layers):
+    """FLOPs with backward: `linear_layers` times the decoder's forward; the first layer needs no gradient of the features."""
+    part = forward_flops()
+    projector = 3 * part["projector"] - 2 * 256 * 1024 * 5120
+    return part["tower"] + projector + linear_layers * (part["blocks"] + part["head"]) + 3 * part["attention"]
+
+
+def test_flops():
+    assert simulated().flops == pytest.approx(of_a_step(linear_layers=3), rel=1e-5)  # the table of rotary angles
+    assert simulated(rates="decoder frozen").flops == pytest.approx(of_a_step(linear_layers=2), rel=1e-5)
+
+
+@pytest.mark.parametrize(("layout", "shards"), [(FULL_SHARD, 128), (HYBRID, 8)], ids=["full shard", "hybrid"])
+def test_what_a_rank_holds_between_steps(layout, shards):
+    trained = PROJECTOR + ROOT + LAYERS["decoder"] * BLOCK
+    frozen = TOWER_REST + LAYERS["tower"] * TOWER_BLOCK
+    step = simulated(layout, accumulation=5 if layout == FULL_SHARD else 3)
+    peak = step.peak_memory
+    assert peak["sharded param"] == 4 * numbers(trained + frozen, shards) // shards
+    assert peak["optstate"] == 8 * numbers(trained, shards) // shards
+    assert step.shard_bytes == peak["sharded param"]
+
+
+def test_peak_memory():
+    step = simulated(micro_batch=16)
+    assert step.collectives == simulated().collectives
+    assert step.flops == 16 * simulated().flops
+    peak = step.peak_memory
+    root, block = (2 * numbers(shapes) for shapes in (ROOT, BLOCK))
+    assert root + block <= peak["unsharded param"] <= root + 2 * block
+    kept = 16 * TOKENS * LAYERS["decoder"] * (16 * 5120 + 8 * 13824)  # where every norm and activation is one kernel
+    assert kept < peak["activation"] < 1.6 * kept
+
+
+def test_leaves_no_trace():
+    model = tiny_model()
+    states = (torch.get_default_dtype(), torch.get_rng_state().tolist(), torch.UntypedStorage.resize_, set(vars(model)))
+    simulate(model, Schedule(Layout(replicas=1, shards=2), micro_batch=1, accumulation=1), SAMPLE)
+    after = (torch.get_default_dtype(), torch.get_rng_state().tolist(), torch.UntypedStorage.resize_, set(vars(model)))
+    assert after == states
+    assert not distributed.is_initialized()
+    assert type(torch.zeros(2) + 1) is torch.Tensor
+
+
+def test_leaves_no_process_group_after_an_error(monkeypatch):
+    def fail(*_):
+        raise ValueError("not today")
+
+    monkeypatch.setattr("components.plan.simulate.shard", fail)
+    with pytest.raises(ValueError, match="not today"):
+        simulate(tiny_model(), Schedule(FULL_SHARD, micro_batch=1, accumulation=1), SAMPLE)
+    assert not distributed.is_initialized()
+
+
+def test_a_rank_of_a_run_simulates_nothing(monkeypatch):
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    with pytest.raises(RecipeError, match="without torchrun"):
+        simulate(tiny_model(), Schedule(FULL_SHARD, micro_batch=1, accumulation=1), SAMPLE)
+
+
+def test_comparison():
+    simulation = Simulation({"all_gather": Collective(4, 100), "all_reduce": Collective(1, 8)}, 10**12, 10**12, {"a": 2**30}, 1, 1)
+    lines = compare(simulation, {"all_gather": Collective(4, 101), "reduce_scatter": Collective(0, 0)}, 1.02e12, 2**31)
+    verdicts = {line.quantity.split(" in ")[0]: (line.difference, line.agrees) for line in lines}
+    assert verdicts == {
+        "all_gather calls": (0.0, True),
+        "all_gather bytes": (pytest.approx(0.01), False),
+        "all_reduce calls": (-1.0, False),
+        "all_reduce bytes": (-1.0, False),
+        "reduce_scatter calls": (0.0, True),
+        "reduce_scatter bytes": (0.0, True),
+        "TFLOP": (pytest.approx(0.02), False),
+        "peak memory": (1.0, True),
+    }
+    assert Comparison("TFLOP", 1.009, 1.0, 0.01).agrees
+    assert Comparison("calls", 1, 0).difference == float("inf")
