@@ -11,7 +11,7 @@ from lightning import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.optim import Optimizer
 
-from callbacks.checkpoint.saving import Saving, size
+from callbacks.checkpoint.saving import Saving, first_problem, size
 from components.errors import RecipeError
 from components.manifest import damaged_files, read_manifest
 from components.run_folder import CHECKPOINTS, STATE
@@ -44,7 +44,13 @@ def try_checkpoint(trainer: Trainer, run: Path, at_once: int) -> None:
             )
         begin = time.monotonic()
         verify(trainer, folder / CANARY)
-        load(trainer, folder / CANARY)
+        problem = None
+        try:
+            load(trainer, folder / CANARY)
+        except Exception as error:  # whatever it is, the other ranks wait
+            problem = f"{type(error).__name__}: {error}"
+        if problem := first_problem(trainer, problem):
+            raise RecipeError(f"checkpoint: what was written to {folder} before the first step does not load: {problem}")
         seconds = time.monotonic() - begin
     needed = at_once * saving.num_bytes
     free: int = trainer.strategy.broadcast(_remove(folder / CANARY) if trainer.is_global_zero else 0)
@@ -63,23 +69,17 @@ def verify(trainer: Trainer, checkpoint: Path) -> None:
     Raises:
         RecipeError: A file is damaged; on all ranks.
     """
-    names = sorted(read_manifest(checkpoint))
-    # the next rank's, not those that this rank may have written: a node that sees only its own files must show
-    mine = names[(trainer.global_rank + 1) % trainer.world_size :: trainer.world_size]
+    problem = None
     try:
-        damaged = damaged_files(checkpoint, mine)
+        names = sorted(read_manifest(checkpoint))
+        if damaged := damaged_files(checkpoint, names[trainer.global_rank :: trainer.world_size]):
+            problem = f"{damaged[0]} is not what was written"
     except OSError as error:
-        damaged = [str(error)]
-    if trainer.strategy.reduce_boolean_decision(not damaged, all=True):
-        return
-    found: list[list[str]] = [damaged] * trainer.world_size
-    if trainer.world_size > 1:
-        torch.distributed.all_gather_object(found, damaged)
-    first = next(files[0] for files in found if files)
-    raise RecipeError(
-        f"{checkpoint} is damaged: {first} is not what was written. Move the folder away: the run then continues from the "
-        "checkpoint before it."
-    )
+        problem = str(error)
+    if problem := first_problem(trainer, problem):
+        raise RecipeError(
+            f"{checkpoint} is damaged ({problem}). Move the folder away: the run then continues from the checkpoint before it."
+        )
 
 
 def load(trainer: Trainer, checkpoint: Path) -> None:

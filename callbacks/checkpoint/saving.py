@@ -25,6 +25,17 @@ def size(num_bytes: int) -> str:
     return f"{num_bytes / GIB:,.1f} GiB" if num_bytes >= GIB else f"{num_bytes / 2**20:.1f} MiB"
 
 
+def first_problem(trainer: Trainer, problem: str | None) -> str | None:
+    """What went wrong on any rank, in the same words on all of them. Called on all ranks."""
+    if trainer.strategy.reduce_boolean_decision(problem is None, all=True):
+        return None
+    met = [problem and f"rank {trainer.global_rank} on {socket.gethostname()}: {problem}"] * trainer.world_size
+    if trainer.world_size > 1:
+        distributed.all_gather_object(met, met[0])
+    told = [problem for problem in met if problem]
+    return told[0] + (f" ({len(told) - 1} more ranks failed)" if len(told) > 1 else "")
+
+
 class Saving:
     """A run between two steps in, a complete checkpoint or what prevented it out. Every method is called on all ranks.
 
@@ -66,20 +77,17 @@ class Saving:
         """
         if self.thread is not None:
             self.thread.join()
-        mine = (self.snapshot.num_bytes, self.part, self.problem and f"rank {self.trainer.global_rank}, {self.problem}")
         ranks = self.trainer.world_size
+        self.problem = first_problem(self.trainer, self.problem)
+        mine = (self.snapshot.num_bytes, self.part)
         gathered = [mine] if ranks == 1 else [mine] * ranks if self.trainer.is_global_zero else None
         if ranks > 1:
             distributed.gather_object(mine, gathered)
         if gathered is not None:
-            self.num_bytes = sum(num_bytes for num_bytes, _, _ in gathered)
-            problems = [problem for _, _, problem in gathered if problem]
-            parts = [part for _, part, _ in gathered if part]
-            if problems:
-                self.problem = problems[0] + (f" ({len(problems) - 1} more ranks failed)" if len(problems) > 1 else "")
-            else:
-                self._try(lambda: self._make_visible(parts))
-            if self.problem:
+            self.num_bytes = sum(num_bytes for num_bytes, _ in gathered)
+            if self.problem is None:
+                self._try(lambda: self._make_visible([part for _, part in gathered]))
+            if self.problem is not None:
                 shutil.rmtree(self.unfinished, ignore_errors=True)
         self.problem, self.num_bytes = self.trainer.strategy.broadcast((self.problem, self.num_bytes))
         self.seconds = time.monotonic() - self.begin
@@ -119,7 +127,7 @@ class Saving:
                 return
             # torch tells of a full disk as a RuntimeError
             except (OSError, RuntimeError) as error:
-                problem = f"{socket.gethostname()}: {error}"
+                problem = str(error)
             if wait is not None:
                 time.sleep(wait)
         self.problem = problem

@@ -181,7 +181,7 @@ def test_a_full_disk_ends_the_run_before_its_first_step(run):
     assert not started.yes
     words = str(raised.value)
     assert words.startswith(
-        f"checkpoint: {run / CHECKPOINTS} does not take a checkpoint of 0.8 MiB, tried before the first step: rank 0, "
+        f"checkpoint: {run / CHECKPOINTS} does not take a checkpoint of 0.8 MiB, tried before the first step: rank 0 on "
     )
     assert "File too large. Make room" in words
     assert list((run / CHECKPOINTS).iterdir()) == []
@@ -242,7 +242,7 @@ def test_a_save_that_fails_is_told_and_training_goes_on(run, monkeypatch):
         logged, _ = train(run)
     words = [str(warning.message) for warning in told if "checkpoint" in str(warning.message)]
     assert len(words) == 2
-    assert f"{checkpoint_folder(run, 2)} (0.8 MiB) could not be written: rank 0, " in words[0]
+    assert f"{checkpoint_folder(run, 2)} (0.8 MiB) could not be written: rank 0 on " in words[0]
     assert "No space left on device" in words[0] and "ends if 2 more in a row" in words[0] and "ends if 1 more" in words[1]
     assert steps(run) == [1, 4, 5]
     assert len(logged) == STEPS
@@ -301,7 +301,7 @@ def test_a_bit_that_flipped_is_told_before_a_run_continues(run):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    with pytest.raises(RecipeError, match=r"step_00000005 is damaged: state is not what was written\. Move the folder away"):
+    with pytest.raises(RecipeError, match=r"step_00000005 is damaged \(rank 0 .* state is not what was written\)\. Move the folder away"):
         train(run, resumed_from=file)
     checkpoint_folder(run, 5).rename(run / "away")
     train(run, resumed_from=checkpoint_folder(run, 4) / "state")
