@@ -10,14 +10,13 @@ from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.fabric.strategies.fsdp import _METADATA_FILENAME
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
-from torch.distributed import checkpoint as sharded
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.distributed.checkpoint import load
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -32,8 +31,12 @@ from torch.distributed.fsdp.wrap import CustomPolicy
 from torch.optim import Optimizer
 
 from components.errors import RecipeError
-from components.sharding.layout import Dtype, Layout
+from components.sharding.layout import Checkpointing, Dtype, Layout
+from components.sharding.recomputation import recompute
+from components.sharding.units import flowing_modules
 from components.sharding.whole import note
+
+_ON_CPU = StateDictOptions(cpu_offload=True)
 
 INSTEAD = "components.sharding.HybridSharding, as recipes/trainer/fsdp_8xa100.yaml does"
 
@@ -48,7 +51,8 @@ class FullyShardedV1(FSDPStrategy):
         shards: Ranks that one copy of the model is spread over, >= 2; the GPUs of a node, or all ranks.
         param_dtype: Dtype of the computation. The shards themselves, and the optimizer state, stay float32.
         reduce_dtype: Dtype in which gradients are reduced.
-        activation_checkpointing: `full` computes the inside of every block again in the backward pass, `none` keeps it.
+        activation_checkpointing: What the backward pass computes again, in the blocks that it goes through. `none`: nothing.
+            `selective`: all but the results of matrix products and of attention. `full`: all but the input of a block.
         timeout_minutes: How long a collective may take before the run is ended, > 0.
 
     Raises:
@@ -61,7 +65,7 @@ class FullyShardedV1(FSDPStrategy):
         shards: int,
         param_dtype: Dtype = "bfloat16",
         reduce_dtype: Dtype = "float32",
-        activation_checkpointing: Literal["none", "full"] = "none",
+        activation_checkpointing: Checkpointing = "none",
         timeout_minutes: float = 30,
     ) -> None:
         if shards < 2:  # torch would take such groups for runs of their own, and reduce no gradient across them
@@ -78,6 +82,12 @@ class FullyShardedV1(FSDPStrategy):
     def setup_environment(self) -> None:
         """Start the process group and lay the mesh over it."""
         replicas, shards = self.layout.replicas, self.layout.shards
+        trainer: Any = self.lightning_module.trainer  # type: ignore[union-attr]
+        if trainer.precision != "32-true":
+            raise RecipeError(
+                f"trainer.precision is {trainer.precision}, but trainer.strategy keeps its shards in float32 and computes in its "
+                "param_dtype. Make trainer.precision 32-true."
+            )
         if self.layout.ranks != self.num_nodes * self.num_processes:
             raise RecipeError(
                 f"trainer.strategy lays {replicas} replicas x {shards} shards = {self.layout.ranks} ranks, but "
@@ -88,12 +98,14 @@ class FullyShardedV1(FSDPStrategy):
         mesh = init_device_mesh(self.root_device.type, (replicas, shards), mesh_dim_names=("replicate", "shard"))
         self.kwargs["device_mesh"] = mesh if replicas > 1 else mesh["shard"]
 
-    def _setup_model(self, model: nn.Module) -> nn.Module:
+    def _setup_model(self, model: Any) -> nn.Module:
         """Shard every block, then the rest of the model."""
-        parts: Any = model.parts
-        blocks = {block for part in parts.values() for block in part.blocks()}
+        blocks = {block for part in model.parts.values() for block in part.blocks()}
+        if self.layout.activation_checkpointing != "none":
+            for block in blocks & flowing_modules(model):
+                recompute(block, self.layout.activation_checkpointing)
         shapes = [(parameter, parameter.shape) for parameter in model.parameters()]
-        root = FullyShardedDataParallel(
+        root: Any = FullyShardedDataParallel(
             model,
             auto_wrap_policy=CustomPolicy(blocks.__contains__),
             mixed_precision=self.mixed_precision,
@@ -103,39 +115,31 @@ class FullyShardedV1(FSDPStrategy):
         )
         for parameter, shape in shapes:
             note(parameter, shape, root.process_group)
-        if self.layout.activation_checkpointing == "full":
-            apply_activation_checkpointing(root, check_fn=blocks.__contains__)
         model.forward = _gathered(root, model.forward, root)
-        model.generate = _gathered(root, model.generate, partial(self._forward_redirection, root, model, "generate"))  # type: ignore[operator]
+        model.generate = _gathered(root, model.generate, partial(self._forward_redirection, root, model, "generate"))
         return root
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """This rank's shards of the weights, under the names that they have without sharding."""
-        return get_model_state_dict(self.model, options=StateDictOptions(cpu_offload=True))
+        assert self.model is not None
+        return get_model_state_dict(self.model, options=_ON_CPU)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """This rank's shards of the optimizer's state, by the names of the weights."""
+        assert self.model is not None
         inner = getattr(optimizer, "_optimizer", optimizer)  # Lightning hands over one of its own
-        return get_optimizer_state_dict(self.model, inner, options=StateDictOptions(cpu_offload=True))
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Write the shards of all ranks, and what is not sharded, into a folder."""
-        folder = Path(self.broadcast(filepath))
-        folder.mkdir(parents=True, exist_ok=True)
-        optimizers = {f"optimizer_{number}": state for number, state in enumerate(checkpoint.pop("optimizer_states", []))}
-        sharded.save({"state_dict": checkpoint.pop("state_dict"), **optimizers}, checkpoint_id=folder)
-        if self.is_global_zero:
-            torch.save(checkpoint, folder / _METADATA_FILENAME)
+        return get_optimizer_state_dict(self.model, inner, options=_ON_CPU)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read this rank's shards from such a folder, and return what is not sharded."""
+        """Read this rank's shards from the folder of a sharded checkpoint, and return what is not sharded."""
+        assert self.model is not None
         folder = Path(self.broadcast(checkpoint_path))
         weights = get_model_state_dict(self.model)
-        sharded.load({"state_dict": weights}, checkpoint_id=folder)
+        load({"state_dict": weights}, checkpoint_id=folder)
         set_model_state_dict(self.model, weights)
         for number, optimizer in enumerate(self.optimizers):
             state = get_optimizer_state_dict(self.model, optimizer)
-            sharded.load({f"optimizer_{number}": state}, checkpoint_id=folder)
+            load({f"optimizer_{number}": state}, checkpoint_id=folder)
             set_optimizer_state_dict(self.model, optimizer, state)
         return torch.load(folder / _METADATA_FILENAME, weights_only=weights_only)
 

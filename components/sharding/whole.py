@@ -1,7 +1,7 @@
 """What is asked of all of a tensor, of which a rank may hold a shard.
 
-FSDP2's shards are DTensors, which know the whole. FSDP1's are pieces of a line: `FullyShardedV1` notes at each parameter what it is a
-piece of.
+FSDP2's shards are DTensors, which know the whole. FSDP1's are pieces of a line: `FullyShardedV1` notes at each parameter what it is
+a piece of.
 """
 
 from collections.abc import Iterable
