@@ -1,7 +1,8 @@
 """The commands that train and validate: LightningCLI with run folders, callbacks as sections, and short errors."""
 
 import logging
-import signal
+import os
+import subprocess
 import sys
 import warnings
 from inspect import signature
@@ -16,6 +17,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from callbacks.checkpoint import Checkpoint
+from callbacks.guards import Guards
+from callbacks.guards.preemption import EXIT_CODE
 from callbacks.overview import Overview
 from callbacks.prediction import Prediction
 from callbacks.progress import Progress
@@ -32,13 +35,15 @@ from components.run_folder import BEST, CHECKPOINTS, RECIPE, RUNS, STATE, change
 from components.sharding import HybridSharding
 from components.vlm import VisionLanguageModel
 
-SECTIONS = {"warmup": Warmup, "throughput": Throughput, "checkpoint": Checkpoint, "validation": Validation}
+SECTIONS = {"warmup": Warmup, "throughput": Throughput, "guards": Guards, "checkpoint": Checkpoint, "validation": Validation}
 """Callbacks that are top-level sections of a recipe, so that an overlay merges them key by key."""
 
 KEYS = {"config", "seed_everything", "max_steps", "trainer", "model", "data", "plan", "run", "ckpt_path", *SECTIONS}
 """What may stand at the top level of a recipe."""
 
 NAME_BENCHMARKS = "Name some with --validation recipes/validation/NAME.yaml."
+_SECONDS_TO_END = 10
+"""For the processes that Lightning has started, when this one ends with an error."""
 NO_RECIPE = "No recipe given. Example: python main.py fit --config recipes/quickstart.yaml"
 
 
@@ -170,9 +175,12 @@ class RecipeCLI(LightningCLI):
                 "a new run (--run NAME) may start from either with model.initial_weights."
             )
 
+    def _resolved(self) -> str:
+        """The recipe as it is saved."""
+        return self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
+
     def _refuse_changed_recipe(self, checkpoint: Path) -> None:
-        recipe = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)  # as it is saved
-        if changed := changes(yaml.safe_load((checkpoint / RECIPE).read_text()), yaml.safe_load(recipe)):
+        if changed := changes(yaml.safe_load((checkpoint / RECIPE).read_text()), yaml.safe_load(self._resolved())):
             lines = changed[:8] + ([f"... and {len(changed) - 8} more"] if len(changed) > 8 else [])
             raise RecipeError(
                 f"{self.folder} was trained with another recipe:\n  "
@@ -189,6 +197,7 @@ class RecipeCLI(LightningCLI):
             kwargs["logger"] = TensorBoardLogger(self.folder.parent, self.folder.name, version="", purge_step=purge_step)
         if self.subcommand is not None:
             kwargs["default_root_dir"] = self.folder  # where a run without a logger lives
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives that NCCL remembers, for the dump of one that hangs
         if self._get(self.config_init, "trainer").get("enable_progress_bar") is False:
             self.trainer_defaults["callbacks"] = [Overview()]
         try:
@@ -196,15 +205,33 @@ class RecipeCLI(LightningCLI):
         except (MisconfigurationException, ModuleNotFoundError) as error:
             raise RecipeError(f"trainer: {error}") from error
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Leave with the code of what ended this process, not with that of a process which it has started and which ended first."""
+        try:
+            super()._run_subcommand(subcommand)
+        except BaseException as error:
+            launcher = self.trainer.strategy.launcher
+            children = list(getattr(launcher, "procs", []))
+            if children:
+                launcher.procs.clear()  # which Lightning's observer looks through, to kill this process if one of them has failed
+            for child in children:
+                try:
+                    child.wait(_SECONDS_TO_END)
+                except subprocess.TimeoutExpired:
+                    child.kill()
+            if isinstance(error, SIGTERMException):  # which alone would leave with 0, as if the command were finished
+                raise SystemExit(EXIT_CODE) from error
+            raise
+
     def fit(self, **kwargs: Any) -> None:
         """Train, unless the run is finished already; then show what to do next."""
         if self.step and self.step >= self.trainer.max_steps:
             print(f"{self.folder} is finished: step {self.step} of {self.trainer.max_steps}. Start another with --run NAME.")
         else:
-            try:
-                self.trainer.fit(**kwargs)
-            except SIGTERMException as error:  # which alone would leave with 0, as if the run were finished
-                raise SystemExit(128 + signal.SIGTERM) from error
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, Guards):
+                    callback.recipe = self._resolved()
+            self.trainer.fit(**kwargs)
         if self.trainer.is_global_zero:
             self._next_steps()
 

@@ -92,6 +92,7 @@ HOW_IT_RUNS = (
     "data.num_workers",
     "data.max_bad_samples",
     "checkpoint",
+    "guards",
     "throughput",
     "validation",
     "plan",

@@ -244,7 +244,7 @@ class VisionLanguageModel(LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Clip by the norm of all gradients. A step without targets, or not finite on any rank, leaves weights and optimizer state."""
+        """Clip by the norm of all gradients. A step without targets, or not finite on any rank, changes no weights."""
         norm = gradient_norm(self.parameters())
         # the one moment of a step at which the host waits for the device
         self.step = OptimizerStep(*torch.cat([self.all_totals, norm.reshape(1)]).tolist())

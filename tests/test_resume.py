@@ -103,9 +103,11 @@ def test_a_killed_run_continues_to_the_same_bits(tmp_path: Path, capsys: pytest.
     assert_same_diary("killed", "whole", newest, written)
 
 
-@pytest.mark.parametrize("micro_batch", [8, 9])
-def test_a_run_that_is_told_to_end_saves_first(micro_batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the end of an optimizer step (of two micro-batches) and in the middle of one."""
+@pytest.mark.parametrize(("micro_batch", "by", "step"), [(8, signal.SIGTERM, 4), (9, signal.SIGUSR1, 5)])
+def test_a_run_that_is_told_to_end_saves_first(
+    micro_batch: int, by: signal.Signals, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the end of an optimizer step (of two micro-batches), or in the middle of one, which is finished first."""
     options = LONG | {"checkpoint": {"every_n_steps": None}}
     assert fit(write_recipe(tmp_path / "whole.yaml", **options)) == 0
     recipe = write_recipe(tmp_path / "told.yaml", **options)
@@ -114,17 +116,19 @@ def test_a_run_that_is_told_to_end_saves_first(micro_batch: int, tmp_path: Path,
     def told(self: Diary, trainer: Any, what: str, entry: dict[str, Any]) -> None:
         write(self, trainer, what, entry)
         if [line["what"] for line in diary(Path("runs/told"))].count("train") == micro_batch:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), by)
 
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit_:
         patch.setattr(Diary, "_write", told)
         fit(recipe)
     assert exit_.value.code == 143
-    assert steps("told") == [4]
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == handlers
+    assert steps("told") == [step]
     written = len(diary(Path("runs/told")))
     assert fit(recipe) == 0
     assert_same_run("told", "whole")
-    assert_same_diary("told", "whole", 4, written - micro_batch % 2)
+    assert_same_diary("told", "whole", step, written)
 
 
 def test_the_last_checkpoint_is_written_before_the_benchmarks_of_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from callbacks.guards.preemption import end_if_told
+from components import phases
 from components.batch import Document, SampleFormat
 from components.benchmarks import Benchmark, Question
 from components.data import Preparation, Sample
@@ -45,6 +47,7 @@ def ask(
 
     Raises:
         RecipeError: A question cannot be asked; on all ranks, whichever of them has met it.
+        Preempted: A training run was told to end; on all ranks, once the step that it has reached is saved.
     """
     data = trainer.datamodule  # type: ignore[attr-defined]
     batches = share(questions, trainer.global_rank, trainer.world_size, batch_size)
@@ -59,6 +62,8 @@ def ask(
     answers: dict[str, str] = {}
     with evaluation_mode(model), trainer.precision_plugin.val_step_context():
         for documents in tqdm(loader, desc=title, unit="batch", leave=False, disable=quiet):
+            phases.get_on()
+            end_if_told(trainer)
             raise_together(trainer, documents if isinstance(documents, RecipeError) else None)
             texts = model.generate(documents, **options)  # type: ignore[operator]
             new = {document.sample_id: text for document, text in zip(documents, texts, strict=True)}

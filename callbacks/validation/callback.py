@@ -18,6 +18,7 @@ from callbacks.validation.sheet import answer_sheet
 from components.benchmarks import Benchmark
 from components.benchmarks.report import PARTIAL, Report
 from components.errors import RecipeError
+from components.phases import phase
 from components.recipe_files import hint
 from components.run_folder import RECIPE
 
@@ -160,6 +161,7 @@ class Validation(Callback):
 
     # --- what
 
+    @phase("validation")
     def validate(self, trainer: Trainer, pl_module: LightningModule, step: int, limit: int | None, shuffled_pictures: bool) -> None:
         """Ask the questions of every benchmark; score, show and keep the answers. Called on all ranks."""
         run = Path(trainer.log_dir or ".")  # log_dir talks to all ranks
