@@ -2,9 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,6 @@ from components.manifest import seal
 from components.run_folder import complete_checkpoints
 from tests.small_recipe import Diary
 
-ROOT = Path(__file__).parent.parent
 DIARY = {"callbacks": [{"class_path": "tests.small_recipe.Diary"}], "enable_progress_bar": False}
 QUIET = {"enable_progress_bar": False}
 LONG = {"max_steps": 9, "trainer": {**DIARY, "accumulate_grad_batches": 2, "val_check_interval": 6}}
@@ -73,34 +69,6 @@ def assert_same_diary(continued: str, whole: str, checkpoint: int, written: int)
     after = [entry for entry in ours[written:] if entry["step"] > checkpoint]
     assert after == [entry for entry in theirs if entry["step"] > checkpoint]
     assert {entry["what"] for entry in after} == {"train", "validation"}
-
-
-def ended(recipe: Path, checkpoint: Path, by: signal.Signals) -> int:
-    """The exit code of the real command, ended by a signal some time after a checkpoint has appeared."""
-    command = [sys.executable, str(ROOT / "main.py"), "fit", "--config", str(recipe)]
-    with subprocess.Popen(
-        command, env={**os.environ, "PAUSE": "0.15"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    ) as process:
-        until = time.monotonic() + 60
-        while not checkpoint.exists() and process.poll() is None and time.monotonic() < until:
-            time.sleep(0.02)
-        time.sleep(0.4)
-        process.send_signal(by)
-        process.communicate()
-    return process.returncode
-
-
-def test_a_killed_run_continues_to_the_same_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert fit(write_recipe(tmp_path / "whole.yaml", **LONG)) == 0
-    recipe = write_recipe(tmp_path / "killed.yaml", **LONG)
-    assert ended(recipe, Path("runs/killed/checkpoints/step_00000004"), signal.SIGKILL) == -signal.SIGKILL
-    newest, written = steps("killed")[-1], len(diary(Path("runs/killed")))
-    assert 4 <= newest < 9
-    capsys.readouterr()
-    assert fit(recipe) == 0
-    assert f"run runs/killed continues at step {newest} of 9" in capsys.readouterr().out
-    assert_same_run("killed", "whole")
-    assert_same_diary("killed", "whole", newest, written)
 
 
 @pytest.mark.parametrize(("micro_batch", "by", "step"), [(8, signal.SIGTERM, 4), (9, signal.SIGUSR1, 5)])

@@ -18,6 +18,7 @@ from callbacks.checkpoint.canary import CANARY, try_checkpoint, verify
 from callbacks.checkpoint.saving import GIB, Saving, size
 from components.errors import RecipeError
 from components.manifest import what_is_missing
+from components.phases import phase
 from components.run_folder import (
     BEST,
     CHECKPOINTS,
@@ -101,7 +102,8 @@ class Checkpoint(LightningCheckpoint):
             _tidy(run)
         trainer.strategy.barrier("checkpoints tidied")
         if self.canary and not self.continues:
-            try_checkpoint(trainer, run, self._at_once(trainer))
+            with phase("checkpoint"):
+                try_checkpoint(trainer, run, self._at_once(trainer))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Minutes count from now."""
@@ -157,15 +159,19 @@ class Checkpoint(LightningCheckpoint):
         self._finish(trainer)
         self.tried_step = trainer.global_step
         run = Path(trainer.log_dir or ".")  # log_dir talks to all ranks
-        self.saving = Saving(trainer, run, checkpoint_folder(run, trainer.global_step), asynchronous)
+        with phase("checkpoint"):
+            self.saving = Saving(trainer, run, checkpoint_folder(run, trainer.global_step), asynchronous)
         if not asynchronous:
             self._finish(trainer)
 
     def _finish(self, trainer: Trainer) -> None:
         """Wait for the checkpoint that is being written, if one is, and make it visible. Called on all ranks."""
-        if self.saving is None:
-            return
-        saving, self.saving = self.saving, None
+        if self.saving is not None:
+            saving, self.saving = self.saving, None
+            with phase("checkpoint"):
+                self._end(trainer, saving)
+
+    def _end(self, trainer: Trainer, saving: Saving) -> None:
         problem = saving.finish()
         if problem is not None:
             self._tell_failure(saving, problem)
@@ -176,6 +182,7 @@ class Checkpoint(LightningCheckpoint):
             logger.log_metrics({"checkpoint/seconds": saving.seconds, "checkpoint/gib": saving.num_bytes / GIB}, step=saving.step)
         if trainer.is_global_zero:
             self._delete_old(saving.run)
+        trainer.strategy.barrier("old checkpoints deleted")  # here, where the others may wait for long
 
     def _tell_failure(self, saving: Saving, problem: str) -> None:
         self.failed_saves += 1

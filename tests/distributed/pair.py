@@ -57,28 +57,42 @@ class Processes:
         self.processes = []
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tiny"])
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        ends = [context.Pipe() for _ in range(self.number)]
+        ends = [multiprocessing.Pipe() for _ in range(self.number)]
         self.pipes = [ours for ours, _ in ends]
-        arguments = [(rank, port, theirs) for rank, (_, theirs) in enumerate(ends)]
-        self.processes = [context.Process(target=_serve, args=each, daemon=True) for each in arguments]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # which the fork server of Python 3.11 does not get otherwise
-            for process in self.processes:
-                process.start()
+        self.processes = fork(_serve, [(theirs,) for _, theirs in ends])
         for _, theirs in ends:
             theirs.close()
 
 
-def _serve(rank: int, port: int, pipe: Connection) -> None:
+def fork(target: Callable, arguments: list[tuple]) -> list[Any]:
+    """The processes of a run, one for each tuple of arguments, on their way through `target`."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tiny", "components.command_line", "peft"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    places = [{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)} for rank in range(len(arguments))]
+    processes = [
+        context.Process(target=_at_place, args=(place, target, each), daemon=True)
+        for place, each in zip(places, arguments, strict=True)
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # which the fork server of Python 3.11 does not get otherwise
+        for process in processes:
+            process.start()
+    return processes
+
+
+def _at_place(place: dict[str, str], target: Callable, arguments: tuple) -> None:
     import torch
 
     torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0", GLOO_SOCKET_IFNAME="lo")
+    os.environ.update(NODE_RANK="0", GLOO_SOCKET_IFNAME="lo", **place)
+    target(*arguments)
+
+
+def _serve(pipe: Connection) -> None:
+    rank = os.environ["LOCAL_RANK"]
     while True:
         try:
             function, arguments = pipe.recv()
