@@ -98,7 +98,7 @@ class Guards(Callback):
         if stage != "fit":
             return
         run = Path(trainer.log_dir or ".")  # log_dir talks to all ranks
-        starts = Starts(run, trainer.ckpt_path, self.recipe, trainer.is_global_zero)
+        starts = Starts(run, self.recipe, trainer.is_global_zero)
         if self.max_fruitless_starts is not None:
             problem = starts.problem(self.max_fruitless_starts) if trainer.is_global_zero else None
             if problem := trainer.strategy.broadcast(problem):

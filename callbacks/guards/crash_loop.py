@@ -9,6 +9,7 @@ from typing import Any
 from callbacks.guards.preemption import Preempted
 from callbacks.guards.records import append
 from components.errors import RecipeError
+from components.run_folder import complete_checkpoints
 
 FILE = "starts.jsonl"
 _HOUSE = Path(__file__).parents[2]
@@ -22,14 +23,14 @@ class Starts:
 
     Args:
         run: The run folder.
-        checkpoint: The state in the checkpoint that this start continues from, if any.
         recipe: What is run, resolved.
         writes: Whether this is the rank that writes.
     """
 
-    def __init__(self, run: Path, checkpoint: str | Path | None, recipe: str, writes: bool) -> None:
+    def __init__(self, run: Path, recipe: str, writes: bool) -> None:
         self.file = run / FILE
-        self.step = int(Path(checkpoint).parent.name.removeprefix("step_")) if checkpoint else 0
+        found = complete_checkpoints(run) if writes else []
+        self.step = int(found[-1].name.removeprefix("step_")) if found else 0  # from which the run continues
         self.of = _fingerprint(recipe)
         self.writes = writes
         self.begun = False
