@@ -1,10 +1,16 @@
 """Layout: how a model lies over the ranks of a run, in which number formats it computes, and what is exchanged when."""
 
 from dataclasses import dataclass
-from typing import Literal
+from datetime import timedelta
+from typing import Any, Literal
+
+from components.errors import RecipeError
+from components.sharding.timeouts import longest_timeout
 
 Dtype = Literal["float32", "bfloat16"]
 Checkpointing = Literal["none", "selective", "full"]
+
+_KEY = "trainer.strategy.init_args"
 
 
 @dataclass(frozen=True)
@@ -37,3 +43,42 @@ class Layout:
     def ranks(self) -> int:
         """Ranks of the run."""
         return self.replicas * self.shards
+
+
+def demand_fit(layout: Layout, trainer: Any) -> None:
+    """The layout of a strategy can be laid over the ranks of its trainer, and none of its options is without effect there.
+
+    Not in the strategy's constructor: of an error there the parser makes one of its own.
+
+    Raises:
+        RecipeError: A size out of range, another number of ranks, shards that would not be float32, or an option without effect.
+    """
+    if layout.replicas < 1 or layout.shards < 1:
+        raise RecipeError(f"{_KEY}: replicas {layout.replicas} and shards {layout.shards} must be at least 1.")
+    if longest_timeout(trainer.strategy) <= timedelta():
+        raise RecipeError(f"{_KEY}.timeout_minutes must be above 0: a collective takes some time.")
+    if layout.ranks != trainer.world_size:
+        raise RecipeError(
+            f"trainer.strategy lays {layout.replicas} replicas x {layout.shards} shards = {layout.ranks} ranks, but "
+            f"the trainer has {trainer.num_nodes} nodes x {trainer.num_devices} devices. Make the two products equal."
+        )
+    if trainer.precision != "32-true":
+        raise RecipeError(
+            f"trainer.precision is {trainer.precision}, but trainer.strategy keeps its shards in float32 and computes in its "
+            "param_dtype. Make trainer.precision 32-true."
+        )
+    if layout.defer_reduce_scatter and layout.shards == 1:
+        raise RecipeError(
+            f"{_KEY}.defer_reduce_scatter has no effect, since shards is 1: nothing is scattered. Make it false; gradients cross "
+            "the replicas once per optimizer step in any case."
+        )
+    if layout.defer_reduce_scatter and trainer.accumulate_grad_batches == 1:
+        raise RecipeError(
+            f"{_KEY}.defer_reduce_scatter has no effect, since trainer.accumulate_grad_batches is 1. Make it false, or let a step "
+            "have several micro-batches."
+        )
+    if layout.compile_blocks and layout.activation_checkpointing == "selective":
+        raise RecipeError(
+            f"{_KEY}: compile_blocks has its own choice of what is computed again, which leaves none to activation_checkpointing: "
+            "selective. Make the latter none or full, or compile_blocks false."
+        )

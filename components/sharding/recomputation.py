@@ -1,9 +1,10 @@
-"""Activation checkpointing: what of a block is computed again in the backward pass in place of being kept.
+"""How the blocks of a model run in training: compiled, and computed again in the backward pass in place of being kept.
 
 Source: torch.utils.checkpoint, `create_selective_checkpoint_contexts`; the choice of what is kept follows torchtitan. Differs: a
 block stays the module that it was, and so do the names in its state dict.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -26,6 +27,12 @@ _KEPT = {
 }
 
 
+def compile_block(block: nn.Module) -> None:
+    """Compile a block for any number of tokens; before `recompute`, which then computes again what is compiled."""
+    # not block.compile(): it would compile the hooks that gather the block as well
+    _run_in_training(block, torch.compile(block.forward, dynamic=True))
+
+
 def recompute(block: nn.Module, what: Literal["selective", "full"]) -> None:
     """Let a block forget, after its forward pass, what the backward pass can compute again.
 
@@ -34,15 +41,18 @@ def recompute(block: nn.Module, what: Literal["selective", "full"]) -> None:
         what: `full`: all but its arguments. `selective`: all but the results of matrix products and of attention, so that none of
             these runs twice; a LLaMA block then keeps 14 D + 4 F bytes a token in bfloat16, for a width D and an MLP of width F.
     """
-    forward = block.forward
     contexts = partial(create_selective_checkpoint_contexts, _policy) if what == "selective" else noop_context_fn
+    _run_in_training(block, partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts))
 
-    def recomputed(*arguments: Any, **options: Any) -> Any:
-        if not torch.is_grad_enabled():  # validation and generation keep nothing
-            return forward(*arguments, **options)
-        return checkpoint(forward, *arguments, use_reentrant=False, context_fn=contexts, **options)
 
-    block.forward = recomputed  # type: ignore[method-assign]
+def _run_in_training(block: nn.Module, training: Callable) -> None:
+    """Validation and generation, which have no backward pass, run the block as it was."""
+    before = block.forward
+
+    def forward(*arguments: Any, **options: Any) -> Any:
+        return (training if torch.is_grad_enabled() else before)(*arguments, **options)
+
+    block.forward = forward  # type: ignore[method-assign]
 
 
 def _policy(context: Any, operator: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:

@@ -17,8 +17,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from components.errors import RecipeError
-from components.sharding.layout import Checkpointing, Dtype, Layout
-from components.sharding.recomputation import recompute
+from components.sharding.layout import Checkpointing, Dtype, Layout, demand_fit
+from components.sharding.recomputation import compile_block, recompute
 from components.sharding.units import flowing_modules, keep_frozen_whole, units
 
 
@@ -31,13 +31,14 @@ class HybridSharding(ModelParallelStrategy):
         param_dtype: Dtype of the computation. The shards themselves, and the optimizer state, stay float32.
         reduce_dtype: Dtype in which gradients are reduced.
         reshard_after_forward: Whether the gathered parameters of a block are freed after its forward pass and gathered again for
-            its backward pass. false saves a third of the traffic and holds the whole model, in `param_dtype`, on every rank.
+            its backward pass. false saves a quarter of the traffic and holds the whole model, in `param_dtype`, on every rank.
         defer_reduce_scatter: Whether the gradients of all micro-batches of an optimizer step are reduced at once, with the last.
             Until then every rank holds the gradients of the whole model, in `reduce_dtype`. false: they are reduced within each
             group after every micro-batch, and across groups with the last.
         activation_checkpointing: What the backward pass computes again, in the blocks that it goes through. `none`: nothing.
             `selective`: all but the results of matrix products and of attention. `full`: all but the input of a block.
-        compile_blocks: Whether each block is compiled by torch.compile.
+        compile_blocks: Whether torch.compile compiles the blocks that a backward pass goes through. It decides for itself what else
+            of them is computed again, so that it cannot be had together with `selective`.
         replicate_frozen: Whether parameters that do not train are held whole, in `param_dtype`, by every rank, and never sent;
             checkpoints then hold them in that dtype.
         timeout_minutes: How long a collective may take before the run is ended, > 0.
@@ -59,16 +60,6 @@ class HybridSharding(ModelParallelStrategy):
         replicate_frozen: bool = False,
         timeout_minutes: float = 30,
     ) -> None:
-        if replicas < 1 or shards < 1 or timeout_minutes <= 0:
-            raise RecipeError(
-                f"trainer.strategy.init_args: replicas {replicas} and shards {shards} must be at least 1, timeout_minutes "
-                f"{timeout_minutes} above 0."
-            )
-        if defer_reduce_scatter and shards == 1:
-            raise RecipeError(
-                "trainer.strategy.init_args.defer_reduce_scatter has no effect, since shards is 1: nothing is scattered. Make it "
-                "false; gradients cross the replicas once per optimizer step in any case."
-            )
         super().__init__(data_parallel_size=replicas * shards, tensor_parallel_size=1, timeout=timedelta(minutes=timeout_minutes))
         self.layout = Layout(
             replicas,
@@ -85,22 +76,7 @@ class HybridSharding(ModelParallelStrategy):
     def setup_environment(self) -> None:
         """Start the process group and lay the mesh over it."""
         replicas, shards = self.layout.replicas, self.layout.shards
-        trainer = self.lightning_module.trainer  # type: ignore[union-attr]
-        if self.layout.defer_reduce_scatter and trainer.accumulate_grad_batches == 1:
-            raise RecipeError(
-                "trainer.strategy.init_args.defer_reduce_scatter has no effect, since trainer.accumulate_grad_batches is 1. Make "
-                "it false, or let a step have several micro-batches."
-            )
-        if trainer.precision != "32-true":
-            raise RecipeError(
-                f"trainer.precision is {trainer.precision}, but trainer.strategy keeps its shards in float32 and computes in its "
-                "param_dtype. Make trainer.precision 32-true."
-            )
-        if self.layout.ranks != self.num_nodes * self.num_processes:
-            raise RecipeError(
-                f"trainer.strategy lays {replicas} replicas x {shards} shards = {self.layout.ranks} ranks, but "
-                f"the trainer has {self.num_nodes} nodes x {self.num_processes} devices. Make the two products equal."
-            )
+        demand_fit(self.layout, self.lightning_module.trainer)  # type: ignore[union-attr]
         super().setup_environment()
         mesh = init_device_mesh(
             self.root_device.type, (replicas, shards, 1), mesh_dim_names=("replicate", "shard", "tensor_parallel")
@@ -152,7 +128,9 @@ def shard(model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, layout: L
     whole = keep_frozen_whole(model, getattr(torch, layout.param_dtype)) if layout.replicate_frozen else set()
     flowing = flowing_modules(model)
     for block in blocks:
-        if layout.activation_checkpointing != "none" and block in flowing:
+        if block in flowing and layout.compile_blocks:
+            compile_block(block)
+        if block in flowing and layout.activation_checkpointing != "none":
             recompute(block, layout.activation_checkpointing)
     for unit in units(model, blocks, whole):
         # backward begins with the root's parameters; a frozen part's are not needed again after forward
