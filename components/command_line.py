@@ -14,6 +14,7 @@ from jsonargparse import ArgumentError, Namespace
 from lightning import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from callbacks.checkpoint import Checkpoint
@@ -32,7 +33,7 @@ from components.errors import RecipeError
 from components.plan.assumptions import Assumptions
 from components.recipe_files import explain, hint, named_recipes, read_recipe
 from components.run_folder import BEST, CHECKPOINTS, RECIPE, RUNS, STATE, changes, find_checkpoint, newest_checkpoint, run_name
-from components.sharding import HybridSharding
+from components.sharding.refusals import demand_ours, demand_same_sharding, fsdp2_alone
 from components.vlm import VisionLanguageModel
 
 SECTIONS = {"warmup": Warmup, "throughput": Throughput, "guards": Guards, "checkpoint": Checkpoint, "validation": Validation}
@@ -127,7 +128,8 @@ class RecipeCLI(LightningCLI):
             command = args[0] if args and args[0] in self.subcommands() else None
             if command and not recipes:
                 raise RecipeError(NO_RECIPE) from error
-            raise RecipeError(explain(error, [action.dest for action in self._parser(command)._actions])) from error
+            message = explain(error, [action.dest for action in self._parser(command)._actions])
+            raise RecipeError(message + fsdp2_alone(message)) from error
 
     def _get(self, config: Namespace, key: str, default: Any = None) -> Any:
         subcommand = self.config.get("subcommand")
@@ -166,14 +168,9 @@ class RecipeCLI(LightningCLI):
 
     def _refuse_other_layout(self, checkpoint: Path) -> None:
         strategy = self._get(self.config, "trainer").get("strategy")
-        sharding = getattr(strategy, "class_path", "").rpartition(".")[2] == HybridSharding.__name__
-        if sharding != (checkpoint / STATE).is_dir():
-            layouts = {True: "sharded", False: "not sharded"}
-            raise RecipeError(
-                f"{checkpoint} is {layouts[not sharding]}, but trainer.strategy is {layouts[sharding]}. A sharded run continues "
-                "with HybridSharding, on any number of ranks, and any other run without it. Name a trainer file of the same kind; "
-                "a new run (--run NAME) may start from either with model.initial_weights."
-            )
+        written = (yaml.safe_load((checkpoint / RECIPE).read_text()).get("trainer") or {}).get("strategy")
+        is_sharded = (checkpoint / STATE).is_dir()
+        demand_same_sharding(checkpoint, written, strategy, is_sharded, trains=self.subcommand == "fit")
 
     def _resolved(self) -> str:
         """The recipe as it is saved."""
@@ -190,6 +187,7 @@ class RecipeCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer writes into the run folder. `fit` voids events after the step it continues from; the others keep all."""
+        demand_ours(self._get(self.config_init, "trainer").get("strategy"))
         purge_step = (self.step or None) if self.subcommand == "fit" else None
         if self.subcommand != "fit":
             self.save_config_callback = None
@@ -201,9 +199,13 @@ class RecipeCLI(LightningCLI):
         if self._get(self.config_init, "trainer").get("enable_progress_bar") is False:
             self.trainer_defaults["callbacks"] = [Overview()]
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ModuleNotFoundError) as error:
             raise RecipeError(f"trainer: {error}") from error
+        environment = trainer._accelerator_connector.cluster_environment
+        if isinstance(environment, SLURMEnvironment):
+            environment.auto_requeue = False  # which would save inside a signal handler; the job's script queues it again
+        return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Leave with the code of what ended this process, not with that of a process which it has started and which ended first."""

@@ -31,14 +31,12 @@ from torch.distributed.fsdp.wrap import CustomPolicy
 from torch.optim import Optimizer
 
 from components.errors import RecipeError
-from components.sharding.layout import Checkpointing, Dtype, Layout
+from components.sharding.layout import Checkpointing, Dtype, Layout, demand_fit
 from components.sharding.recomputation import recompute
 from components.sharding.units import flowing_modules
 from components.sharding.whole import note
 
 _ON_CPU = StateDictOptions(cpu_offload=True)
-
-INSTEAD = "components.sharding.HybridSharding, as recipes/trainer/fsdp_8xa100.yaml does"
 
 
 class FullyShardedV1(FSDPStrategy):
@@ -68,8 +66,6 @@ class FullyShardedV1(FSDPStrategy):
         activation_checkpointing: Checkpointing = "none",
         timeout_minutes: float = 30,
     ) -> None:
-        if shards < 2:  # torch would take such groups for runs of their own, and reduce no gradient across them
-            raise RecipeError(f"trainer.strategy: FSDP1 needs shards = {shards} to be at least 2. Otherwise give {INSTEAD}.")
         super().__init__(
             timeout=timedelta(minutes=timeout_minutes),
             mixed_precision=MixedPrecision(getattr(torch, param_dtype), getattr(torch, reduce_dtype)),
@@ -83,15 +79,11 @@ class FullyShardedV1(FSDPStrategy):
         """Start the process group and lay the mesh over it."""
         replicas, shards = self.layout.replicas, self.layout.shards
         trainer: Any = self.lightning_module.trainer  # type: ignore[union-attr]
-        if trainer.precision != "32-true":
+        demand_fit(self.layout, trainer)
+        if shards == 1:  # torch would take each rank for a run of its own, and reduce no gradients
             raise RecipeError(
-                f"trainer.precision is {trainer.precision}, but trainer.strategy keeps its shards in float32 and computes in its "
-                "param_dtype. Make trainer.precision 32-true."
-            )
-        if self.layout.ranks != self.num_nodes * self.num_processes:
-            raise RecipeError(
-                f"trainer.strategy lays {replicas} replicas x {shards} shards = {self.layout.ranks} ranks, but "
-                f"the trainer has {self.num_nodes} nodes x {self.num_processes} devices. Make the two products equal."
+                "trainer.strategy.init_args: FSDP1 needs shards to be at least 2. Raise it, or give "
+                "components.sharding.HybridSharding, as recipes/trainer/fsdp_8xa100.yaml does."
             )
         self.kwargs.pop("device_mesh")  # of which Lightning would make a mesh of GPUs, wherever it is
         super().setup_environment()

@@ -229,6 +229,7 @@ def test_a_mesh_or_a_precision_that_does_not_fit(pair):
         assert "Make trainer.precision 32-true" in message
 
 
-def test_groups_of_one_rank_are_left_to_fsdp2():
-    with pytest.raises(RecipeError, match="shards = 1 .* components.sharding.HybridSharding"):
-        FullyShardedV1(replicas=2, shards=1)
+def test_groups_of_one_rank_are_left_to_fsdp2(pair):
+    for message in pair.run(refusal, 2, 1):
+        assert "FSDP1 needs shards to be at least 2" in message
+        assert "components.sharding.HybridSharding, as recipes/trainer/fsdp_8xa100.yaml does" in message
