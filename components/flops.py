@@ -13,6 +13,7 @@ from dataclasses import asdict
 
 from torch import Tensor
 
+from components.sharding import whole_shape
 from components.vlm import VisionLanguageModel
 
 PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0}
@@ -30,11 +31,13 @@ def peak_flops(device_name: str) -> float | None:
 
 def matmul_parameters(model: VisionLanguageModel) -> dict[str, int]:
     """Weights of each part that are multiplied with every token, and of the head and adapters, in numbers of parameters."""
-    sizes = {name: sum(p.numel() for p in part.parameters() if p.ndim == 2) for name, part in (("projector", model.projector),)}
-    for name, part in (("vision_tower", model.vision_tower), ("decoder", model.decoder)):
-        sizes[name] = sum(p.numel() for block in part.blocks() for p in block.parameters() if p.ndim == 2)
+    inside = {"projector": [model.projector], "vision_tower": model.vision_tower.blocks(), "decoder": model.decoder.blocks()}
+    sizes = {}
+    for name, modules in inside.items():
+        shapes = [whole_shape(parameter) for module in modules for parameter in module.parameters()]
+        sizes[name] = sum(shape.numel() for shape in shapes if len(shape) == 2)
     # what an adapted layer trains, it multiplies in addition to its own weights
-    sizes["adapters"] = sum(p.numel() for p in model.decoder.trainable_parameters()) if model.decoder.lora else 0
+    sizes["adapters"] = sum(whole_shape(p).numel() for p in model.decoder.trainable_parameters()) if model.decoder.lora else 0
     sizes["decoder"] -= sizes["adapters"]
     sizes["head"] = model.decoder.embed_dim * model.decoder.vocab_size
     return sizes

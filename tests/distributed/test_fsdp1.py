@@ -31,10 +31,12 @@ from tiny import (
 
 from callbacks.checkpoint import Checkpoint
 from callbacks.overview import Overview
+from callbacks.throughput import Throughput
 from components.causality import prove_causal
 from components.checkpoint_files import load_weights
 from components.decoder import attention
 from components.errors import RecipeError
+from components.flops import matmul_parameters
 from components.run_folder import RECIPE, STATE, checkpoint_folder
 from components.sharding import FullyShardedV1
 
@@ -196,17 +198,19 @@ def test_a_rank_whose_answers_end_early_takes_part_until_the_other_is_done(pair)
 
 
 def first_lines():
-    """What a run prints before its first step."""
+    """What a run prints before its first step, and what its throughput is reckoned with."""
     printed = io.StringIO()
-    trainer = tiny_trainer(callbacks=[Overview()], devices=2, strategy=FullyShardedV1(1, 2))
+    throughput = Throughput()
+    trainer = tiny_trainer(callbacks=[Overview(), throughput], devices=2, strategy=FullyShardedV1(1, 2))
     with redirect_stdout(printed):
         trainer.fit(tiny_model(), datamodule=Prepared(deal(STEPS, 2, rank_of(2), 1)))
-    return printed.getvalue()
+    return printed.getvalue(), throughput.sizes
 
 
-def test_overview(pair):
-    first, second = pair.run(first_lines)
+def test_sizes_are_those_of_whole_parameters(pair):
+    (first, reckoned), (second, _) = pair.run(first_lines)
     model = built_model()
+    assert reckoned == matmul_parameters(model)
     sizes = {name: f"{sum(p.numel() for p in part.parameters()):,}" for name, part in model.parts.items()}
     lines = [line.split() for line in first.splitlines()]
     assert [[line[1], line[2]] for line in lines if line[0] in sizes] == [[size, size] for size in sizes.values()]
