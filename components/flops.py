@@ -91,13 +91,18 @@ def step_flops(
 def recomputed_flops(
     model: VisionLanguageModel, sizes: dict[str, int], tokens: Number, squared_lengths: Number, images: Number
 ) -> float:
-    """FLOPs that checkpointing whole blocks adds: the forward pass of the blocks that gradients flow through, once more."""
+    """FLOPs that checkpointing whole blocks adds: their forward pass once more, where gradients flow.
+
+    The last matrix of a block is left out: backward needs its input and not its result, so that PyTorch stops before it.
+    """
     linear, attention = forward_flops(model, sizes, tokens, squared_lengths, targets=0, images=images)
-    return sum(
-        float(linear[name] + attention[name])
-        for name, flows in gradients_flow(model).items()
-        if flows and getattr(model, name).blocks()
-    )
+    total = {**sizes, "decoder": sizes["decoder"] + sizes["adapters"]}
+    again = 0.0
+    for name, flows in gradients_flow(model).items():
+        blocks = model.parts[name].blocks() if flows else []
+        needed = sum(p.numel() for block in blocks for p in [p for p in block.parameters() if p.ndim == 2][:-1])
+        again += float(linear[name] * needed / total[name] + attention[name] * bool(blocks))
+    return again
 
 
 def forward_flops(

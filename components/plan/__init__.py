@@ -1,10 +1,11 @@
 """What a recipe will cost before it runs: memory, communication, time, and the schedules that do the same work."""
 
-from components.plan.communication import Collective, Communication
+from components.plan.communication import Collective, Communication, collectives, communication_of
+from components.plan.estimates import Estimate, equivalents, estimate
 from components.plan.machine import GPUS, Gpu, Machine
-from components.plan.memory import Memory
-from components.plan.schedule import Estimate, Schedule
-from components.plan.workload import Blocks, Parameter, Part, Workload
+from components.plan.memory import Memory, memory_of
+from components.plan.schedule import Schedule
+from components.plan.workload import Blocks, Parameter, Part, Unit, Workload, workload_of
 
 __all__ = [
     "GPUS",
@@ -18,5 +19,12 @@ __all__ = [
     "Parameter",
     "Part",
     "Schedule",
+    "Unit",
     "Workload",
+    "collectives",
+    "communication_of",
+    "equivalents",
+    "estimate",
+    "memory_of",
+    "workload_of",
 ]

@@ -1,6 +1,22 @@
-"""Memory: what lies on one GPU at the peak of a step, by component."""
+"""Memory: what lies on one GPU at the peak of a step, by component.
+
+Static parts are exact. Activations are what autograd saves of the layers as they are: transformers' LLaMA block, whose RMSNorm
+keeps fp32 copies unless the block is compiled, and open_clip's vision block; other architectures are taken for these. The
+components do not all peak at the same moment, so that their sum is a bound rather than a forecast.
+"""
 
 from dataclasses import dataclass, fields
+
+from components.plan.communication import BYTES, sent_units
+from components.plan.machine import GIB, Machine
+from components.plan.schedule import Schedule
+from components.plan.workload import Blocks, Workload
+from components.sharding.layout import Layout
+
+CONTEXT_GIB = 1.5
+"""CUDA context, its libraries' workspaces and the buffers of the collectives, in GiB: an estimate."""
+FRAGMENTATION = 0.05
+"""Share that the allocator cannot use, and by which micro-batches differ in their tokens: an estimate."""
 
 
 @dataclass(frozen=True)
@@ -9,11 +25,11 @@ class Memory:
 
     Args:
         parameters: Shards of the trained parameters, fp32.
-        gradients: Their gradients, fp32.
+        gradients: Their gradients, fp32; with those that wait, whole, for the last micro-batch.
         optimizer: Both moments of Adam, fp32.
         frozen: Frozen parameters: fp32 shards, or whole in the number format of the computation.
-        gathered: Whole blocks in flight and the root's parameters, in the number format of the computation.
-        reduction: Gradients of a block that are being reduced, in the number format of the reduction.
+        gathered: Whole units in flight, in the number format of the computation: two blocks and the root, or all that were kept.
+        reduction: Gradients of a block on their way: as computed, and as they are sent; and those of the root, until the end.
         activations: What backward needs of forward.
         logits: Logits, their probabilities and gradients, on the supervised positions.
         allowance: CUDA context, communication buffers and fragmentation: an estimate.
@@ -32,11 +48,120 @@ class Memory:
     usable: float
 
     @property
+    def components(self) -> dict[str, float]:
+        """Every component by its name."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "usable"}
+
+    @property
     def total(self) -> float:
         """Sum of the components."""
-        return sum(getattr(self, field.name) for field in fields(self) if field.name != "usable")
+        return sum(self.components.values())
 
     @property
     def fits(self) -> bool:
         """Whether the GPU has as much."""
         return self.total <= self.usable
+
+
+def memory_of(workload: Workload, machine: Machine, schedule: Schedule) -> Memory:
+    """What a schedule needs on each GPU of a machine."""
+    trained = [parameter for unit in workload.units for parameter in unit.parameters if parameter.trained]
+    frozen = [parameter for unit in workload.units for parameter in unit.parameters if not parameter.trained]
+    layout = schedule.layout
+    shard = sum(parameter.padded(layout.shards) for parameter in trained) // layout.shards
+    frozen_shard = sum(parameter.padded(layout.shards) for parameter in frozen) // layout.shards
+    waiting = sum(parameter.size for parameter in trained) if layout.defer_reduce_scatter else 0
+    parts = {
+        "parameters": 4 * shard,
+        "gradients": 4 * shard + BYTES[layout.reduce_dtype] * waiting,
+        "optimizer": 8 * shard,
+        "frozen": BYTES[layout.param_dtype] * sum(p.size for p in frozen) if layout.replicate_frozen else 4 * frozen_shard,
+        "gathered": _gathered(workload, schedule),
+        "reduction": _reduction(workload, schedule),
+        "activations": activations(workload, schedule),
+        # in the format of the computation, their fp32 probabilities, and fp32 gradients
+        "logits": (BYTES[layout.param_dtype] + 8) * workload.vocab_size * workload.target_tokens * schedule.micro_batch,
+    }
+    gib = {name: number / GIB for name, number in parts.items()}
+    return Memory(**gib, allowance=CONTEXT_GIB + FRAGMENTATION * sum(gib.values()), usable=machine.gpu.memory_gib)
+
+
+def _gathered(workload: Workload, schedule: Schedule) -> int:
+    """Bytes of the units in flight."""
+    layout = schedule.layout
+    if layout.ranks == 1:  # nothing is gathered; autocast keeps a copy of every weight until the end of forward
+        whole = sum(unit.padded(1) for unit in workload.units)
+        return 0 if layout.param_dtype == "float32" else BYTES[layout.param_dtype] * whole
+    units = sent_units(workload, layout)
+    root = sum(unit.padded(layout.shards) for unit in units if unit.is_root)
+    kept = sum(unit.padded(layout.shards) for unit in units if unit.gradients_flow and not unit.is_root)
+    largest = max((unit.padded(layout.shards) for unit in units if not unit.is_root), default=0)
+    in_flight = 2 * largest if layout.reshard_after_forward else kept + largest
+    return BYTES[layout.param_dtype] * (root + in_flight)
+
+
+def _reduction(workload: Workload, schedule: Schedule) -> int:
+    """Bytes of the gradients that are computed but not yet in their place."""
+    layout = schedule.layout
+    if layout.ranks == 1:
+        return 0
+    root = sum(unit.padded_trained(layout.shards) for unit in workload.units if unit.is_root)
+    largest = max((unit.padded_trained(layout.shards) for unit in workload.units if not unit.is_root), default=0)
+    return BYTES[layout.param_dtype] * (root + largest) + BYTES[layout.reduce_dtype] * largest
+
+
+def activations(workload: Workload, schedule: Schedule) -> float:
+    """Bytes that a micro-batch keeps from its forward pass for its backward pass, without those of the head."""
+    layout, number = schedule.layout, BYTES[schedule.layout.param_dtype]
+    tower, projector, decoder = (workload.parts[part] for part in ("vision_tower", "projector", "decoder"))
+    tokens = schedule.micro_batch * workload.tokens
+    pictures = schedule.micro_batch * workload.images_per_sample
+    saved = decoder_bytes(workload.decoder, number, decoder.trained, layout.compile_blocks)
+    total = tokens * (_stack(workload.decoder, saved, number, 2, layout) + _norm(workload.decoder, number, decoder.trained))
+    if projector.gradients_flow:  # the inputs and outputs of two layers
+        total += pictures * workload.tokens_per_image * 2 * number * (workload.tower.width + workload.decoder.width)
+    if tower.gradients_flow:
+        total += pictures * workload.num_patches * _stack(workload.tower, tower_bytes(workload.tower, number), number, 1, layout)
+    return float(total)
+
+
+def decoder_bytes(shape: Blocks, number: int, trained: bool, compiled: bool) -> int:
+    """Bytes of a token that a LLaMA block saves, with its input.
+
+    Attention saves queries, keys, values and its result. Each norm saves its input; a trained one also what it scales and, for the
+    matrices behind it, its output. The MLP saves what goes into its activation, what comes out, the other factor and, for a trained
+    matrix behind it, their product.
+
+    Args:
+        shape: Its widths.
+        number: Bytes of a number in the format of the computation.
+        trained: Whether its weights need gradients.
+        compiled: Whether norms are one operation. Then this is a bound: the compiler may compute more of it again.
+    """
+    attention = number * 2 * (shape.query_dim + shape.key_dim)
+    mlp = number * (4 if trained else 3) * shape.mlp_dim
+    if compiled:
+        return attention + mlp + number * (4 if trained else 3) * shape.width
+    return attention + mlp + 2 * _norm(shape, number, trained)
+
+
+def _norm(shape: Blocks, number: int, trained: bool) -> int:
+    """Bytes of a token that transformers' RMSNorm saves, with the input of the matrices behind it; it copies its own to fp32."""
+    return 4 * shape.width + (2 * number * shape.width if trained else 0)
+
+
+def tower_bytes(shape: Blocks, number: int) -> int:
+    """Bytes of a patch that a trained vision block saves: as a LLaMA block, with fused norms and an MLP without a second factor."""
+    return number * (4 * shape.width + 2 * (shape.query_dim + shape.key_dim) + 3 * shape.mlp_dim)
+
+
+def _stack(shape: Blocks, saved: int, number: int, mlp_products: int, layout: Layout) -> int:
+    """Bytes of a token that all blocks keep, and the one that is computed again."""
+    match layout.activation_checkpointing:
+        case "none":
+            return shape.layers * saved
+        case "full":  # the input
+            return shape.layers * number * shape.width + saved
+        case "selective":  # the input and the results of matrix products and of attention
+            products = 2 * shape.width + 2 * (shape.query_dim + shape.key_dim) + mlp_products * shape.mlp_dim
+            return shape.layers * number * (shape.width + products) + saved

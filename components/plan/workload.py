@@ -1,7 +1,23 @@
-"""Workload: what a recipe trains, in numbers."""
+"""Workload: what a recipe trains, in numbers, read from a model on the meta device."""
 
 from dataclasses import dataclass
+from functools import cache
 from math import prod
+from typing import Any
+
+from torch import nn
+
+from components.errors import RecipeError
+from components.flops import gradients_flow, matmul_parameters, part_flops, recomputed_flops
+from components.sharding.units import units
+from components.vlm import VisionLanguageModel
+
+Number = int | float
+
+
+@cache
+def _padded(shape: tuple[int, ...], shards: int) -> int:
+    return -(-shape[0] // shards) * shards * prod(shape[1:])
 
 
 @dataclass(frozen=True)
@@ -22,41 +38,59 @@ class Parameter:
         return prod(self.shape)
 
     def padded(self, shards: int) -> int:
-        """Numbers in it when the first dimension is filled up to a multiple of `shards`, as FSDP2 sends and stores it."""
-        rows = self.shape[0] if self.shape else 1
-        return -(-rows // shards) * shards * prod(self.shape[1:])
+        """Numbers in it when its rows are filled up to a multiple of `shards`, as FSDP2 holds and sends it."""
+        return _padded(self.shape, shards)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Parameters that are gathered together and whose gradients are reduced together.
+
+    Args:
+        name: Where in the model it is; that of the root is `model`.
+        parameters: All of them.
+        gradients_flow: Whether a backward pass goes through it.
+    """
+
+    name: str
+    parameters: tuple[Parameter, ...]
+    gradients_flow: bool
+
+    @property
+    def is_root(self) -> bool:
+        """Whether it holds what the decoder has outside its blocks, which stays gathered from forward to backward."""
+        return self.name == "model"
+
+    def padded(self, shards: int) -> int:
+        """Numbers of an all-gather."""
+        return sum(parameter.padded(shards) for parameter in self.parameters)
+
+    def padded_trained(self, shards: int) -> int:
+        """Numbers of a reduce-scatter; 0 where nothing trains."""
+        return sum(parameter.padded(shards) for parameter in self.parameters if parameter.trained)
 
 
 @dataclass(frozen=True)
 class Part:
-    """Vision tower, projector or decoder.
+    """Vision tower, projector or decoder, in numbers of parameters.
 
     Args:
-        blocks: Parameters of each block, in the order of the blocks.
-        rest: Parameters outside the blocks.
+        parameters: All of them.
+        trained_parameters: Those that train.
+        blocks: Blocks.
+        block_parameters: Those of its largest block; 0 without blocks.
+        rest_parameters: Those outside the blocks.
         trained: Whether it has a learning rate.
         gradients_flow: Whether gradients pass through it, on their way to itself or to a part before it.
     """
 
-    blocks: tuple[tuple[Parameter, ...], ...]
-    rest: tuple[Parameter, ...]
+    parameters: int
+    trained_parameters: int
+    blocks: int
+    block_parameters: int
+    rest_parameters: int
     trained: bool
     gradients_flow: bool
-
-    @property
-    def tensors(self) -> tuple[Parameter, ...]:
-        """All parameters."""
-        return tuple(parameter for block in self.blocks for parameter in block) + self.rest
-
-    @property
-    def parameters(self) -> int:
-        """Numbers in all parameters."""
-        return sum(parameter.size for parameter in self.tensors)
-
-    @property
-    def trained_parameters(self) -> int:
-        """Numbers in the trained parameters."""
-        return sum(parameter.size for parameter in self.tensors if parameter.trained)
 
 
 @dataclass(frozen=True)
@@ -67,17 +101,15 @@ class Blocks:
         layers: Blocks.
         width: Width of the residual stream.
         mlp_dim: Width inside the MLP.
-        heads: Heads of the queries.
-        key_value_heads: Heads of keys and values.
-        head_dim: Width of a head.
+        query_dim: Width of the queries: heads times their width.
+        key_dim: Width of the keys, and of the values.
     """
 
     layers: int
     width: int
     mlp_dim: int
-    heads: int
-    key_value_heads: int
-    head_dim: int
+    query_dim: int
+    key_dim: int
 
 
 @dataclass(frozen=True)
@@ -86,31 +118,33 @@ class Workload:
 
     Args:
         parts: `vision_tower`, `projector` and `decoder`.
+        units: What of them is gathered and reduced together.
         tower: Shape of the tower's blocks.
         decoder: Shape of the decoder's blocks.
         vocab_size: Width of the logits.
         image_size: Side of a picture, in pixels.
         num_patches: Patch features of a picture.
         tokens_per_image: Visual tokens of a picture.
-        images_per_sample: Pictures of a sample, on average.
-        text_tokens: Text tokens of a sample, on average.
-        target_tokens: Supervised tokens of a sample, on average.
+        images_per_sample: Pictures of the mean sample.
+        text_tokens: Text tokens of the mean sample.
+        target_tokens: Supervised tokens of the mean sample.
         global_batch_size: Samples of an optimizer step.
         max_steps: Optimizer steps of the run.
-        flops: FLOPs of forward and backward of a sample: `vision_tower`, `projector`, `decoder`, `head`.
-        recomputed_flops: FLOPs that full activation checkpointing adds to a sample.
+        flops: FLOPs of the mean sample, forward and backward, of `vision_tower`, `projector`, `decoder` and `head`.
+        recomputed_flops: FLOPs that full activation checkpointing adds to the mean sample.
     """
 
     parts: dict[str, Part]
+    units: tuple[Unit, ...]
     tower: Blocks
     decoder: Blocks
     vocab_size: int
     image_size: int
     num_patches: int
     tokens_per_image: int
-    images_per_sample: float
-    text_tokens: float
-    target_tokens: float
+    images_per_sample: Number
+    text_tokens: Number
+    target_tokens: Number
     global_batch_size: int
     max_steps: int
     flops: dict[str, float]
@@ -118,15 +152,112 @@ class Workload:
 
     @property
     def tokens(self) -> float:
-        """Tokens of a sample, visual ones and text."""
-        return self.images_per_sample * self.tokens_per_image + self.text_tokens
+        """Tokens of the mean sample, visual ones and text."""
+        return float(self.images_per_sample * self.tokens_per_image + self.text_tokens)
 
     @property
     def flops_per_sample(self) -> float:
-        """FLOPs of forward and backward of a sample, without recomputation."""
+        """FLOPs of the mean sample, forward and backward, without recomputation."""
         return sum(self.flops.values())
 
     @property
     def samples(self) -> int:
         """Samples of the run."""
         return self.global_batch_size * self.max_steps
+
+
+def workload_of(
+    model: VisionLanguageModel,
+    *,
+    text_tokens: Number,
+    target_tokens: Number,
+    images_per_sample: Number,
+    global_batch_size: int,
+    max_steps: int,
+) -> Workload:
+    """What a built model trains: its layers exist, on the meta device or elsewhere, and its adapters are inserted.
+
+    Args:
+        model: After `build` and `adapt`.
+        text_tokens: Text tokens of the mean sample, >= 1.
+        target_tokens: Supervised tokens of the mean sample, in [0, text_tokens].
+        images_per_sample: Pictures of the mean sample, >= 0.
+        global_batch_size: Samples of an optimizer step, >= 1.
+        max_steps: Optimizer steps of the run, >= 1.
+
+    Raises:
+        RecipeError: A number is out of range.
+    """
+    if text_tokens < 1 or not 0 <= target_tokens <= text_tokens or images_per_sample < 0:
+        raise RecipeError(
+            f"The mean sample has {text_tokens} text tokens, {target_tokens} supervised tokens and {images_per_sample} pictures. "
+            "State at least 1 text token, at most as many supervised ones, and no fewer than 0 pictures."
+        )
+    if global_batch_size < 1 or max_steps < 1:
+        raise RecipeError(f"max_steps is {max_steps}, data.global_batch_size {global_batch_size}: state at least 1 of each.")
+    tower, decoder = model.vision_tower, model.decoder
+    flows = gradients_flow(model)
+    config: Any = decoder.lm.config
+    head_dim = getattr(config, "head_dim", None) or decoder.embed_dim // config.num_attention_heads
+    key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    tokens_per_image = model.projector.num_tokens(tower.num_patches)
+    tokens = images_per_sample * tokens_per_image + text_tokens
+    sizes = matmul_parameters(model)
+    flops = part_flops(model, sizes, tokens, tokens**2, target_tokens, images_per_sample)
+    return Workload(
+        parts={name: _part(model, name, flows[name]) for name in model.parts},
+        units=_units(model),
+        tower=Blocks(
+            layers=len(tower.blocks()),
+            width=tower.feature_dim,
+            mlp_dim=_mlp_dim(tower.blocks()[0]),
+            query_dim=tower.feature_dim,
+            key_dim=tower.feature_dim,
+        ),
+        decoder=Blocks(
+            layers=len(decoder.blocks()),
+            width=decoder.embed_dim,
+            mlp_dim=_mlp_dim(decoder.blocks()[0]),
+            query_dim=config.num_attention_heads * head_dim,
+            key_dim=key_heads * head_dim,
+        ),
+        vocab_size=decoder.vocab_size,
+        image_size=tower.image_size,
+        num_patches=tower.num_patches,
+        tokens_per_image=tokens_per_image,
+        images_per_sample=images_per_sample,
+        text_tokens=text_tokens,
+        target_tokens=target_tokens,
+        global_batch_size=global_batch_size,
+        max_steps=max_steps,
+        flops={name: float(number) for name, number in flops.items()},
+        recomputed_flops=recomputed_flops(model, sizes, tokens, tokens**2, images_per_sample),
+    )
+
+
+def _part(model: VisionLanguageModel, name: str, flows: bool) -> Part:
+    part = model.parts[name]
+    parameters = sum(parameter.numel() for parameter in part.parameters())
+    blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in part.blocks()]
+    return Part(
+        parameters=parameters,
+        trained_parameters=sum(parameter.numel() for parameter in part.parameters() if parameter.requires_grad),
+        blocks=len(blocks),
+        block_parameters=max(blocks, default=0),
+        rest_parameters=parameters - sum(blocks),
+        trained=getattr(model.learning_rates, name) is not None,
+        gradients_flow=flows,
+    )
+
+
+def _units(model: VisionLanguageModel) -> tuple[Unit, ...]:
+    blocks = [block for part in model.parts.values() for block in part.blocks()]
+    return tuple(
+        Unit(unit.name, tuple(Parameter(tuple(p.shape), p.requires_grad) for p in unit.parameters), unit.gradients_flow)
+        for unit in units(model, blocks)
+    )
+
+
+def _mlp_dim(block: nn.Module) -> int:
+    """The widest input of a matrix in a block: that of the layer that leaves the MLP."""
+    return max(parameter.shape[1] for parameter in block.parameters() if parameter.ndim == 2)
