@@ -70,7 +70,7 @@ def test_every_micro_batch_gathers_and_reduces():
 
 
 def test_gradients_cross_the_replicas_once_per_step():
-    calls = simulated(HYBRID, accumulation=3).collectives
+    calls = simulated(HYBRID, 3).collectives
     assert calls["all_reduce"] == Collective(reduced(8).calls, reduced(8).bytes // 8)
     assert calls["all_gather"] == times(3, gathered(8))
     assert calls["reduce_scatter"] == times(3, reduced(8))
@@ -141,7 +141,7 @@ def test_flops():
 def test_what_a_rank_holds_between_steps(layout, shards):
     trained = PROJECTOR + ROOT + LAYERS["decoder"] * BLOCK
     frozen = TOWER_REST + LAYERS["tower"] * TOWER_BLOCK
-    step = simulated(layout, accumulation=5 if layout == FULL_SHARD else 3)
+    step = simulated(layout, 3) if layout == HYBRID else simulated()
     peak = step.peak_memory
     assert peak["sharded param"] == 4 * numbers(trained + frozen, shards) // shards
     assert peak["optstate"] == 8 * numbers(trained, shards) // shards

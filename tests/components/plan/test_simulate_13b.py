@@ -4,7 +4,7 @@ import resource
 from dataclasses import replace
 
 import pytest
-from thirteen_billion import FULL_SHARD, HYBRID, PROJECTOR, ROOT, SAMPLE, TOWER_BLOCK, TOWER_REST, model_13b, numbers
+from thirteen_billion import FULL_SHARD, HYBRID, LAYERS, PROJECTOR, ROOT, SAMPLE, TOWER_BLOCK, TOWER_REST, model_13b, numbers
 
 from components.plan.schedule import Schedule
 from components.plan.simulate import simulate
@@ -44,7 +44,7 @@ def as_that_program(step, layout, tower_blocks, accumulation):
 def test_a_slice_of_eight_layers(name):
     layout = LAYOUTS[name]
     step = simulate(model_13b(num_hidden_layers=8), Schedule(layout, micro_batch=1, accumulation=2), SAMPLE)
-    ours = as_that_program(step, layout, tower_blocks=2, accumulation=2)
+    ours = as_that_program(step, layout, tower_blocks=LAYERS["tower"], accumulation=2)
     for kind, (calls, gigabytes) in {"all_gather": ALL_GATHERS[name], "reduce_scatter": REDUCE_SCATTERS[name]}.items():
         assert ours[kind] == (calls, pytest.approx(gigabytes, rel=3e-3))
     if "all_reduce" in step.collectives:

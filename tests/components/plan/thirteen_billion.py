@@ -12,7 +12,7 @@ from components.tokenizer import WordTokenizer
 from components.vision_tower import OpenClipTower
 from components.vlm import VisionLanguageModel
 
-LAYERS = {"tower": 2, "decoder": 2}
+LAYERS = {"tower": 1, "decoder": 2}
 LLAMA_13B = {
     "model_type": "llama",
     "vocab_size": 32000,
