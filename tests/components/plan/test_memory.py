@@ -78,6 +78,7 @@ def test_what_a_llama_block_saves(key_heads, trained, dtype):
 
 
 @pytest.mark.slow  # several seconds of tracing
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # Dynamo looks at it
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
 def test_a_compiled_block_saves_no_more(trained):
     found, shape = llama_block(2, trained, torch.bfloat16, compiled=True)
@@ -102,31 +103,28 @@ def test_what_a_vision_block_saves(quick_gelu):
     assert found == pytest.approx(expected if quick_gelu else expected - 2 * 4 * width, rel=0.01)
 
 
-def per_token(rates=FULL, **options) -> float:
-    """MiB of activations a token, from the difference of two micro-batches."""
+def per_token(rates: LearningRates = FULL, **options) -> float:
+    """Bytes of a token in the decoder's blocks."""
     work = workload(rates=rates)
-    small, large = (activations(work, schedule(size, 16, **options)) for size in (1, 2))
-    return (large - small) / work.tokens / 2**20
+    projector = 2 * 2 * (1024 + 5120) * 256
+    norm = (8 if rates is FULL else 4) * 5120 * work.tokens
+    return (activations(work, schedule(1, 16, **options)) - projector - norm) / work.tokens
 
 
 def test_published_figures_of_a_token():
-    block = 0.19  # MiB: the one that is computed again
-    # the figures leave the last norm and the projector out
-    assert per_token(compile_blocks=True) == pytest.approx(7.3, rel=0.02)
-    assert per_token(compile_blocks=True, activation_checkpointing="full") == pytest.approx(0.39 + block, rel=0.05)
-    assert per_token(ALIGN, compile_blocks=True) == pytest.approx(5.9, rel=0.02)
-    # FSDPMemTracker's 9.7 is on a CPU, whose attention copies its result, and of another transformers
-    assert per_token() == pytest.approx(9.7 - 40 * 2 * 5120 / 2**20, rel=0.05)
+    whole_block = 16 * 5120 + 8 * 13824
+    assert per_token(compile_blocks=True) / 2**20 == pytest.approx(7.3, rel=0.01)
+    full = per_token(compile_blocks=True, activation_checkpointing="full")
+    assert (full - whole_block) / 2**20 == pytest.approx(0.39, rel=0.01)
+    assert per_token(ALIGN, compile_blocks=True) / 2**20 == pytest.approx(5.9, rel=0.01)
+    # FSDPMemTracker's 9.7 is of a CPU, whose attention copies its result, and of another transformers
+    assert per_token() / 2**20 == pytest.approx(9.7 - 40 * 2 * 5120 / 2**20, rel=0.05)
 
 
 def test_selective_checkpointing_keeps_products():
-    width, mlp = 5120, 13824
-    kept = 40 * (14 * width + 4 * mlp)
-    again = 24 * width + 8 * mlp
-    norm = 8 * width
-    projector = 256 * 2 * 2 * (1024 + width) / 320
-    expected = kept + again + norm + projector
-    assert per_token(activation_checkpointing="selective") * 2**20 == pytest.approx(expected, rel=1e-6)
+    kept = 40 * (14 * 5120 + 4 * 13824)
+    computed_again = 24 * 5120 + 8 * 13824
+    assert per_token(activation_checkpointing="selective") == kept + computed_again
 
 
 @pytest.mark.parametrize(("shards", "bytes_16"), [(8, 24.3), (64, 3.0), (128, 1.5)])
