@@ -23,17 +23,30 @@ from tiny import DECODER_FROZEN, TOWER_FROZEN, tiny_model
 from torch import distributed
 
 from components.errors import RecipeError
-from components.plan.communication import Collective
+from components.plan.communication import Collective, collectives
 from components.plan.schedule import Schedule
 from components.plan.simulate import Comparison, Simulation, compare, simulate
+from components.plan.workload import workload_of
 from components.sharding import Layout
 
 RATES = {"decoder trains": TOWER_FROZEN, "decoder frozen": DECODER_FROZEN}
 
 
+KEPT = replace(FULL_SHARD, reshard_after_forward=False)
+DEFERRED = replace(FULL_SHARD, defer_reduce_scatter=True)
+REPLICATED = replace(FULL_SHARD, replicate_frozen=True)
+SELECTIVE = replace(FULL_SHARD, activation_checkpointing="selective")
+RECOMPUTED = replace(FULL_SHARD, activation_checkpointing="full")
+
+
 @functools.cache
-def simulated(layout=FULL_SHARD, accumulation=1, rates="decoder trains", micro_batch=1):
+def _simulated(layout, accumulation, micro_batch, rates):
     return simulate(model_13b(RATES[rates]), Schedule(layout, micro_batch, accumulation), SAMPLE)
+
+
+def simulated(layout=FULL_SHARD, accumulation=1, micro_batch=1, rates="decoder trains"):
+    """A step, run once for all tests."""
+    return _simulated(layout, accumulation, micro_batch, rates)
 
 
 def gathered(shards=128, passes=2):
@@ -48,6 +61,18 @@ def reduced(shards=128):
     """Reduce-scatters of a micro-batch: the units of what trains."""
     units = [BLOCK] * LAYERS["decoder"] + [PROJECTOR, ROOT]
     return Collective(len(units), 4 * sum(numbers(unit, shards) for unit in units))
+
+
+def against_formulas(step, rates, schedule):
+    """The comparison that a plan prints."""
+    model = model_13b(rates)
+    with torch.device("meta"):
+        model.build()
+    samples = {"global_batch_size": schedule.global_batch_size, "max_steps": 1}
+    work = workload_of(model, text_tokens=SAMPLE.text_tokens, target_tokens=SAMPLE.target_tokens, images_per_sample=1, **samples)
+    again = work.recomputed_flops if schedule.layout.activation_checkpointing == "full" else 0
+    flops = schedule.micro_batch * schedule.accumulation * (work.flops_per_sample + again)
+    return compare(step, collectives(work, schedule), flops, peak_memory=0)
 
 
 def total_peak(step):
@@ -77,12 +102,12 @@ def test_gradients_cross_the_replicas_once_per_step():
 
 
 def test_parameters_that_are_kept_are_gathered_once():
-    step = simulated(replace(FULL_SHARD, reshard_after_forward=False))
+    step = simulated(KEPT)
     assert step.collectives == {"all_gather": gathered(passes=1), "reduce_scatter": reduced()}
 
 
 def test_deferred_gradients_are_reduced_once_per_step():
-    step = simulated(replace(FULL_SHARD, defer_reduce_scatter=True), accumulation=2)
+    step = simulated(DEFERRED, accumulation=2)
     assert step.collectives == {"all_gather": times(2, gathered()), "reduce_scatter": reduced()}
     whole_gradients = 4 * numbers(LAYERS["decoder"] * BLOCK + PROJECTOR + ROOT)
     assert total_peak(step) > total_peak(simulated(accumulation=5)) + whole_gradients - 4 * numbers(ROOT)
@@ -94,7 +119,7 @@ def test_of_a_frozen_decoder_only_the_projector_is_reduced():
 
 
 def test_a_frozen_decoder_that_is_replicated_is_never_sent():
-    step = simulated(replace(FULL_SHARD, replicate_frozen=True), rates="decoder frozen")
+    step = simulated(REPLICATED, rates="decoder frozen")
     projector = numbers(PROJECTOR)
     assert step.collectives == {"all_gather": Collective(2, 2 * 2 * projector), "reduce_scatter": Collective(1, 4 * projector)}
     frozen = 2 * numbers(LAYERS["decoder"] * BLOCK + ROOT + LAYERS["tower"] * TOWER_BLOCK + TOWER_REST, shards=1)
@@ -102,14 +127,14 @@ def test_a_frozen_decoder_that_is_replicated_is_never_sent():
     assert step.shard_bytes == frozen + 4 * projector // 128
 
 
-@pytest.mark.parametrize("what", ["selective", "full"])
-def test_what_is_computed_again_is_not_sent_again(what):
-    step = simulated(replace(FULL_SHARD, activation_checkpointing=what))
+@pytest.mark.parametrize("layout", [SELECTIVE, RECOMPUTED], ids=["selective", "full"])
+def test_what_is_computed_again_is_not_sent_again(layout):
+    step = simulated(layout)
     assert step.collectives == simulated().collectives
     part = forward_flops()
     # the result of a block's last layer is not needed again
     last_layers = LAYERS["decoder"] * 2 * TOKENS * 5120 * 13824
-    recomputed = part["blocks"] - last_layers + part["attention"] if what == "full" else 0
+    recomputed = part["blocks"] - last_layers + part["attention"] if layout == RECOMPUTED else 0
     assert step.flops - simulated().flops == recomputed
 
 
@@ -157,6 +182,26 @@ def test_peak_memory():
     assert root + block <= peak["unsharded param"] <= root + 2 * block
     kept = 16 * TOKENS * LAYERS["decoder"] * (16 * 5120 + 8 * 13824)  # where every norm and activation is one kernel
     assert kept < peak["activation"] < 1.6 * kept
+
+
+@pytest.mark.parametrize(
+    ("layout", "accumulation", "rates"),
+    [
+        (FULL_SHARD, 5, "decoder trains"),
+        (HYBRID, 3, "decoder trains"),
+        (KEPT, 1, "decoder trains"),
+        (DEFERRED, 2, "decoder trains"),
+        (FULL_SHARD, 1, "decoder frozen"),
+        (REPLICATED, 1, "decoder frozen"),
+        (SELECTIVE, 1, "decoder trains"),
+        (RECOMPUTED, 1, "decoder trains"),
+    ],
+    ids=["full shard", "hybrid", "kept", "deferred", "frozen", "replicated", "selective", "recomputed"],
+)
+def test_the_formulas_of_the_plan_agree(layout, accumulation, rates):
+    lines = against_formulas(simulated(layout, accumulation, rates=rates), RATES[rates], Schedule(layout, 1, accumulation))
+    assert [line for line in lines if not line.agrees] == []
+    assert all(line.difference == 0 for line in lines if line.quantity.endswith(("calls", "bytes")))
 
 
 def test_leaves_no_trace():
