@@ -218,6 +218,20 @@ def test_what_a_kill_left_half_written_is_ignored_and_goes(tmp_path: Path, capsy
     assert (checkpoints / "step_00000002" / "note").exists()
 
 
+def test_a_checkpoint_that_lost_files_is_passed_over_and_written_anew(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "small.yaml", trainer=DIARY)
+    assert fit(recipe, "--run", "whole") == fit(recipe) == 0
+    torn = Path("runs/small/checkpoints/step_00000004")
+    content = (torn / "state").read_bytes()
+    (torn / "state").write_bytes(content[:-1000])
+    with pytest.warns(
+        UserWarning, match=rf"Checkpoint {torn} is not complete and is passed over: state has {len(content) - 1000} bytes"
+    ):
+        assert fit(recipe) == 0
+    assert_same_run("small", "whole")
+    assert (torn.with_name("step_00000004.damaged") / "state").read_bytes() == content[:-1000]
+
+
 def test_a_run_without_a_logger_lives_in_its_folder_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = write_recipe(tmp_path / "small.yaml", trainer=DIARY | {"logger": False})
     assert fit(recipe) == 0

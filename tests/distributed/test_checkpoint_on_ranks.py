@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import threading
 import warnings
 from contextlib import contextmanager
@@ -112,6 +113,23 @@ def test_a_disk_that_refuses_one_rank_ends_both_before_the_first_step(pair, run,
         assert f"rank {rank} on " in end and "No space left on device. Make room" in end
         assert seen == []
     assert list((run / CHECKPOINTS).iterdir()) == []
+
+
+def trained_on_a_full_disk(folder):
+    """What ends the run of a rank when the files of the second one may not be larger than 20,000 bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if os.environ["LOCAL_RANK"] == "1":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        return trained(folder, "fsdp")[0]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_is_full_for_one_rank_ends_both(pair, run):
+    for end in pair.run(trained_on_a_full_disk, str(run)):
+        assert "does not take a checkpoint of 0.4 MiB, tried before the first step: rank 1 on " in end
+        assert "File too large" in end
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

@@ -108,7 +108,7 @@ def start(recipe: Path, run: str, ranks: int, slow: float = 0.0, **environment: 
     return fork(fit, [(str(recipe.parent), str(recipe), run, slow, environment)] * ranks)
 
 
-def finish(processes: list[Any], seconds: float = 60) -> list[int | None]:
+def finish(processes: list[Any], seconds: float = 300) -> list[int | None]:
     """The exit codes of processes; those that take longer are killed."""
     until = time.monotonic() + seconds
     for process in processes:
@@ -133,7 +133,7 @@ def killed(recipe: Path, run: str, ranks: int, life: Life) -> bool:
     folder = recipe.parent / "runs" / run
     before, begun = pages(folder), set()
     processes = start(recipe, run, ranks, slow=SLOW)
-    until = time.monotonic() + 60
+    until = time.monotonic() + 120
     while all(process.is_alive() for process in processes) and time.monotonic() < until:
         begun |= {path.name for path in (folder / CHECKPOINTS).glob("step_*.unfinished")}
         if len(begun) >= life.save and (life.save or pages(folder) != before):
