@@ -1,4 +1,7 @@
-"""The command itself on two processes: a sharded run trains, validates and saves what a run on one process does."""
+"""The command itself on two processes: a sharded run trains, validates and saves what a run on one process does.
+
+Two processes come from `torchrun`, or from the command itself.
+"""
 
 import json
 import os
@@ -24,22 +27,26 @@ BENCHMARK = {
     "class_path": "components.benchmarks.ShapesWorld",
     "init_args": {"setting": RECIPE["data"]["sources"]["shapes"]["init_args"]["setting"], "num_scenes": 4},
 }
+CHANGES: dict[str, Any] = {"data": {"global_batch_size": 8}, "validation": {"benchmarks": {"shapes": BENCHMARK}}}
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
 
 
-def sharded_trainer() -> dict[str, Any]:
-    """The trainer of eight GPUs, on two processes of a CPU."""
-    trainer = yaml.safe_load((ROOT / "recipes/trainer/fsdp_8xa100.yaml").read_text())
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
+
+def sharded_trainer(name: str = "fsdp_8xa100") -> dict[str, Any]:
+    """A trainer of eight GPUs, on two processes of a CPU."""
+    trainer = yaml.safe_load((ROOT / f"recipes/trainer/{name}.yaml").read_text())
     trainer["strategy"]["init_args"] |= {"replicas": 1, "shards": 2, "param_dtype": "float32"}
-    return trainer | {"accelerator": "cpu", "devices": 2, "num_nodes": 1}
+    return trainer | {"accelerator": "cpu", "devices": 2, "num_nodes": 1, "log_every_n_steps": 1}
 
 
-def command(recipe: Path, name: str = "fit", *options: str) -> str:
+def command(recipe: Path, name: str = "fit", *options: str, launcher: tuple[str, ...] = ()) -> str:
     """What `python main.py fit`, or another command, prints when all goes well."""
     environment = {**os.environ, "PYTHONWARNINGS": "", "GLOO_SOCKET_IFNAME": "lo"}
     result = subprocess.run(
-        [sys.executable, str(ROOT / "main.py"), name, "--config", str(recipe), *options],
+        [sys.executable, *launcher, str(ROOT / "main.py"), name, "--config", str(recipe), *options],
         env=environment,
         capture_output=True,
         text=True,
@@ -65,26 +72,41 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        changes = {"data": {"global_batch_size": 8}, "validation": {"benchmarks": {"shapes": BENCHMARK}}}
-        assert fit(write_recipe(folder / "whole.yaml", **changes)) == 0
-        recipe = write_recipe(folder / "sharded.yaml", trainer={**sharded_trainer(), "log_every_n_steps": 1}, **changes)
-        assert "run runs/sharded starts of 4" in command(recipe)
+        assert fit(write_recipe(folder / "whole.yaml", **CHANGES)) == 0
+        recipe = write_recipe(folder / "sharded.yaml", trainer=sharded_trainer(), **CHANGES)
+        assert "run runs/sharded starts of 4" in command(recipe, launcher=TORCHRUN)
         yield recipe
+
+
+def assert_the_run_of_one_process(run: str) -> None:
+    whole, sharded = (checkpoint_folder(Path("runs") / one, 4) for one in ("whole", run))
+    assert (sharded / "state").is_dir()
+    assert len(list((sharded / "state").glob("*.distcp"))) == 2  # one from each process
+    assert losses(run) == pytest.approx(losses("whole"), rel=1e-4)
+    assert len(losses(run)) == 4
+    assert_equal(weights(load(sharded)[0]), weights(load(whole)[0]), 1e-4)
+
+    asked = [row["id"] for row in answers(run)]
+    assert len(set(asked)) == len(asked) and len(asked) % 2  # one was asked twice, so that both processes had as many
+    assert answers(run) == answers("whole")
 
 
 def test_a_sharded_run_is_the_run_of_one_process(runs: Path) -> None:
     resolved = yaml.safe_load(Path("runs/whole/recipe.yaml").read_text())
     assert resolved["trainer"]["use_distributed_sampler"] is False  # though the recipe does not say so
-    whole, sharded = (checkpoint_folder(Path("runs") / run, 4) for run in ("whole", "sharded"))
-    assert (sharded / "state").is_dir()
-    assert len(list((sharded / "state").glob("*.distcp"))) == 2  # one from each process
-    assert losses("sharded") == pytest.approx(losses("whole"), rel=1e-4)
-    assert len(losses("sharded")) == 4
-    assert_equal(weights(load(sharded)[0]), weights(load(whole)[0]), 1e-4)
+    assert_the_run_of_one_process("sharded")
 
-    asked = [row["id"] for row in answers("sharded")]
-    assert len(set(asked)) == len(asked) and len(asked) % 2  # one was asked twice, so that both processes had as many
-    assert answers("sharded") == answers("whole")
+
+@pytest.mark.slow
+def test_fsdp1_too_and_it_continues_its_own_only(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = write_recipe(runs.with_name("fsdp1.yaml"), trainer=sharded_trainer("fsdp1_8xa100"), **CHANGES)
+    assert "run runs/fsdp1 starts of 4" in command(recipe, launcher=TORCHRUN)
+    assert_the_run_of_one_process("fsdp1")
+    assert "runs/fsdp1 is finished: step 4 of 4." in command(recipe)
+    assert fit(runs, "--run", "fsdp1") == 2
+    assert "is sharded by FullyShardedV1 (FSDP1), but trainer.strategy is HybridSharding (FSDP2)" in capsys.readouterr().err
+    assert fit(recipe, "--trainer.strategy.init_args.shards", "4") == 2
+    assert "was written on 1 replicas x 2 shards, but trainer.strategy lays 1 x 4" in capsys.readouterr().err
 
 
 @pytest.mark.slow
