@@ -18,20 +18,30 @@ from components.huggingface.initial import load_llava
 from components.huggingface.layout import PROJECTOR_FILE
 from components.named_tensors import NamedTensors, TensorInfo, TorchFiles, differences, fill, listed, reading
 from components.run_folder import RECIPE, RUNS, STATE, find_checkpoint
+from components.sharding import demand_finite
 
 INITIAL = "model.initial_weights"
 
 
-def load_initial_weights(model: nn.Module, source: str) -> None:
-    """Load the weights of an earlier run, or of a released LLaVA model, into a built model; its adapters stay as they are.
+def load_start(model: Any) -> None:
+    """Fill a model with the weights that its recipe names; parts that have none, and adapters, stay as they are.
 
     Args:
-        model: The model, built and in memory, perhaps sharded. Parts that a released model leaves out read their own weights.
-        source: Run folder, checkpoint folder, folder of a LLaVA model, or its hub id.
+        model: A `VisionLanguageModel`, built and in memory, perhaps sharded. Its `initial_weights` are a run folder, a checkpoint
+            folder, the folder of a LLaVA model or its hub id; parts that a released model leaves out read their own weights.
 
     Raises:
-        RecipeError: There are no weights, or they do not have the names and shapes of the model's.
+        RecipeError: There are no weights, they do not have the names and shapes of the model's, or are not finite.
     """
+    if model.initial_weights is None:
+        model.vision_tower.load_weights()
+        model.decoder.load_weights()
+    else:
+        _load_initial_weights(model, model.initial_weights)
+    demand_finite(model)
+
+
+def _load_initial_weights(model: nn.Module, source: str) -> None:
     path = Path(source)
     if any((path / name).is_file() for name in ("config.json", PROJECTOR_FILE)):
         load_llava(model, path)

@@ -164,7 +164,7 @@ class RecipeCLI(LightningCLI):
             if self.subcommand == "fit":
                 self._refuse_changed_recipe(self.checkpoint)
             self.step = int(self.checkpoint.name.removeprefix("step_"))
-        self.config[self.subcommand].ckpt_path = str(self.checkpoint / STATE) if self.checkpoint else None
+        self.config[self.subcommand].ckpt_path = None  # the trainer is told in another way
 
     def _refuse_other_layout(self, checkpoint: Path) -> None:
         strategy = self._get(self.config, "trainer").get("strategy")
@@ -202,9 +202,14 @@ class RecipeCLI(LightningCLI):
             trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ModuleNotFoundError) as error:
             raise RecipeError(f"trainer: {error}") from error
+<<<<<<< HEAD
+        if self.subcommand is not None and self.checkpoint is not None:
+            trainer.ckpt_path = str(self.checkpoint / STATE)  # known before the model is built, which then reads no other weights
+=======
         environment = trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment):
             environment.auto_requeue = False  # which would save inside a signal handler; the job's script queues it again
+>>>>>>> main
         return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:

@@ -15,6 +15,9 @@ from components.errors import RecipeError
 class Projector(LightningModule, ABC):
     """Patch features in, visual tokens out. Layers exist after `connect`."""
 
+    has_weights = False
+    """No projector names weights of its own."""
+
     @abstractmethod
     def connect(self, *, feature_dim: int, embed_dim: int) -> None:
         """Creates the layers between a tower of width `feature_dim` and a decoder of width `embed_dim`."""

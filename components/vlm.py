@@ -4,11 +4,11 @@ Source: visual instruction tuning, arXiv 2304.08485 and 2310.03744. Differs: bat
 supervised tokens of the whole optimizer step, over all ranks and micro-batches.
 """
 
-import os
-from dataclasses import asdict, dataclass
+from collections.abc import Collection
+from contextlib import nullcontext
+from dataclasses import asdict
 from functools import cached_property
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from lightning import LightningModule
@@ -19,29 +19,16 @@ from torch.optim import AdamW, Optimizer
 
 from components.batch import Batch, Document, SampleFormat, pack
 from components.causality import prove_causal
-from components.checkpoint_files import load_initial_weights
+from components.checkpoint_files import load_start
 from components.decoder import Decoder
 from components.errors import RecipeError
+from components.learning_rates import LearningRates
 from components.optimizer_step import OptimizerStep, Wishes, divide_gradients
 from components.projector import Projector
-from components.sharding import gradient_norm, layout_of, shard, whole_shape
+from components.random_streams import random_stream, seed_at
+from components.sharding import agreed, give_memory, gradient_norm, layout_of, shard, whole_shape
 from components.tokenizer import load_tokenizer
 from components.vision_tower import VisionTower
-
-
-@dataclass
-class LearningRates:
-    """Peak learning rate of each part; null freezes the part.
-
-    Args:
-        vision_tower: Peak learning rate of the vision tower, > 0, or null.
-        projector: Peak learning rate of the projector, > 0, or null.
-        decoder: Peak learning rate of the decoder, or of its adapters where it has `lora`, > 0, or null.
-    """
-
-    vision_tower: float | None = None
-    projector: float | None = None
-    decoder: float | None = None
 
 
 class VisionLanguageModel(LightningModule):
@@ -116,16 +103,24 @@ class VisionLanguageModel(LightningModule):
 
     # --- construction
 
-    def build(self) -> None:
-        """The layers of all parts, without weights from anywhere; may run on the meta device."""
-        self.vision_tower.build()
-        self.projector.connect(feature_dim=self.vision_tower.feature_dim, embed_dim=self.decoder.embed_dim)
-        self.decoder.build()
+    def build(self, on_meta: Collection[str] = ()) -> None:
+        """The layers of all parts, without weights from anywhere; may run on the meta device.
+
+        Args:
+            on_meta: Names of parts that get no memory, whatever the device. What the others draw does not depend on it.
+        """
+        for name, part in self.parts.items():
+            with random_stream(name), torch.device("meta") if name in on_meta else nullcontext():
+                if isinstance(part, Projector):
+                    part.connect(feature_dim=self.vision_tower.feature_dim, embed_dim=self.decoder.embed_dim)
+                else:
+                    part.build()
         self.set_trainable()
 
     def adapt(self) -> None:
-        """Insert the decoder's adapters, if any: after `build` and the weights they start from, before those of a checkpoint."""
-        self.decoder.adapt()
+        """Insert the decoder's adapters, if any: after `build`, before weights are read."""
+        with random_stream("adapters"):
+            self.decoder.adapt()
         self.set_trainable()
 
     def trained_parameters(self) -> list[nn.Parameter]:
@@ -154,24 +149,31 @@ class VisionLanguageModel(LightningModule):
             )
 
     def configure_model(self) -> None:
-        """Build, read weights, shard. Called by the Trainer, and by `ask`."""
+        """Build, shard, and only then read weights: no rank ever holds more than its part of them. Called by the Trainer.
+
+        A run that continues from `trainer.ckpt_path` reads none, since Lightning fills the model from it afterwards.
+        """
         if self.built:
             return
         self.demand_vocabulary()
-        self.build()
-        if self.initial_weights is None:
-            self.vision_tower.load_weights()
-            self.decoder.load_weights()
-        else:
-            load_initial_weights(self, self.initial_weights)
+        continues = self._trainer is not None and self.trainer.ckpt_path is not None
+        all_come = continues or self.initial_weights is not None
+        self.build(on_meta={name for name, part in self.parts.items() if all_come or part.has_weights})
         self.adapt()
+        device = torch.device("cpu")
         if self.device_mesh is not None:
             blocks = [block for part in self.parts.values() for block in part.blocks()]
             shard(self, blocks, self.device_mesh, layout_of(self))
+            device = self.trainer.strategy.root_device
+        give_memory(self, device)
+        self.decoder.reset_buffers()
+        if not continues:
+            with agreed(self.trainer.world_size if self._trainer is not None else 1):
+                load_start(self)
         self.built = True
 
     def on_fit_start(self) -> None:
-        """Check that what trains is what the recipe declares, and that no position sees a later one."""
+        """Check that what trains is what the recipe declares."""
         optimized = {id(p) for optimizer in self.trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
         trained = {id(parameter) for parameter in self.trained_parameters()}
         for name, part in self.parts.items():
@@ -185,10 +187,14 @@ class VisionLanguageModel(LightningModule):
                         f"{'requires' if parameter.requires_grad else 'does not require'} a gradient and is "
                         f"{'' if id(parameter) in optimized else 'not '}given to the optimizer. Does the part change requires_grad?"
                     )
+
+    def on_train_start(self) -> None:
+        """Check that no position sees a later one; only now has a run that continues its weights."""
+        self.set_modes()
         with self.trainer.precision_plugin.forward_context():
             prove_causal(self)
 
-    def on_train_start(self) -> None:
+    def set_modes(self) -> None:
         """Trained parts in training mode, frozen parts in evaluation mode."""
         for name, part in self.parts.items():
             part.train(getattr(self.learning_rates, name) is not None)
@@ -221,8 +227,7 @@ class VisionLanguageModel(LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Address randomness by position, as the data are: a run that continues draws what an uninterrupted one would."""
-        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))  # set by seed_everything
-        torch.manual_seed(np.random.SeedSequence([seed, batch_idx, self.global_rank]).generate_state(1)[0])
+        torch.manual_seed(seed_at(batch_idx, self.global_rank))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, ""]:
         """Sum of the loss, scaled to cancel the averages that Lightning and the strategy take."""

@@ -1,6 +1,7 @@
 """A tiny model, tiny documents and a Trainer for them: the real parts, small enough that a training step takes milliseconds."""
 
 import warnings
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -37,8 +38,8 @@ DECODER_FROZEN = LearningRates(projector=2e-3)
 class TinyModel(VisionLanguageModel):
     """The model, with the same weights whenever and wherever it is built, large enough that everything in it matters."""
 
-    def build(self) -> None:
-        super().build()
+    def build(self, on_meta: Collection[str] = ()) -> None:
+        super().build(on_meta)
         fill(self)
 
 
@@ -46,7 +47,7 @@ class TinyModel(VisionLanguageModel):
 def fill(module: torch.nn.Module, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
+        noise = torch.randn(parameter.shape, generator=generator, device="cpu")
         parameter.copy_(noise * parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 1 + noise / 10)
 
 
@@ -65,7 +66,7 @@ def built_model(rates: LearningRates = ALL, **overrides: Any) -> TinyModel:
     """The model with its layers, as at the start of training."""
     model = tiny_model(rates, **overrides)
     model.configure_model()
-    model.on_train_start()
+    model.set_modes()
     return model
 
 

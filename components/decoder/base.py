@@ -15,7 +15,7 @@ class Decoder(LightningModule, ABC):
     """Embeddings of packed documents in, final hidden states out; a language model in three steps: embed, forward, head.
 
     `__init__` stores arguments and widths only: no weights, no files, no network. `build` creates the layers, perhaps on the meta
-    device; `load_weights` reads them; `adapt` puts adapters beside them.
+    device; `adapt` puts adapters beside them; `load_weights` reads them.
     """
 
     embed_dim: int
@@ -27,15 +27,23 @@ class Decoder(LightningModule, ABC):
     def build(self) -> None:
         """Creates the layers with random weights. The caller may be inside `torch.device("meta")`."""
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether `load_weights` fills every layer, which then need no values before."""
+        return False
+
     @abstractmethod
     def load_weights(self) -> None:
-        """Reads the stated weights into the built layers, on the CPU; does nothing when none are stated."""
+        """Reads the stated weights into the built layers, which are in memory, perhaps sharded; does nothing without."""
 
     def adapt(self) -> None:
-        """Inserts the adapters that `lora` states, which changes names in the state dict but no result; does nothing without.
+        """Inserts the adapters that `lora` states, with random weights, which changes names in the state dict but no result.
 
-        Called once, after the base weights are there, and before the weights of a checkpoint that holds adapters are read.
+        Called once, after `build` and before any weights are read; does nothing without `lora`.
         """
+
+    def reset_buffers(self) -> None:
+        """Computes what no state dict holds, after layers that were built on the meta device were given memory."""
 
     def trainable_parameters(self) -> Iterable[nn.Parameter]:
         """What a learning rate applies to: the adapters where `lora` is stated, else everything."""

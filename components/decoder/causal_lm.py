@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int, Int64
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
@@ -16,7 +15,10 @@ from components.decoder.attention import PACKED, attention, packed_hidden_states
 from components.decoder.base import Decoder
 from components.decoder.lora import LoRA, adapters, insert
 from components.decoder.probe import prove
+from components.decoder.released import KEY, load_released
 from components.errors import RecipeError
+from components.hub import fetch
+from components.named_tensors import weights_in
 from components.tokenizer import WordTokenizer
 
 
@@ -51,11 +53,20 @@ class HuggingFaceDecoder(Decoder):
     def build(self) -> None:
         """Creates the layers with random weights in float32. The caller may be inside `torch.device("meta")`."""
         # a config of its own: whoever else holds it could change the attention of the live model
-        lm = AutoModelForCausalLM.from_config(architecture(self.config), attn_implementation=PACKED, dtype=torch.float32)
-        self._adopt(lm)
+        lm: PreTrainedModel = AutoModelForCausalLM.from_config(
+            architecture(self.config), attn_implementation=PACKED, dtype=torch.float32
+        )
+        lm.config.use_cache = False
+        lm.generation_config = GenerationConfig()  # the architecture's own may state sampling that nobody asked for
+        self.lm = lm.train(self.training)
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether `weights` are stated."""
+        return self.weights is not None
 
     def load_weights(self) -> None:
-        """Replaces the built model by one with the stated weights, on the CPU; does nothing when none are stated.
+        """Reads the stated weights into the built layers, which must be in memory; they may be sharded and adapted already.
 
         Raises:
             RecipeError: The weights cannot be read, their config differs from the recipe's, or a tensor is missing, left over or
@@ -64,26 +75,13 @@ class HuggingFaceDecoder(Decoder):
         if self.weights is None:
             return
         compare(self.config, self.weights)
-        del self.lm  # never two models of 13B at once
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                self.weights,
-                config=architecture(self.config),
-                attn_implementation=PACKED,
-                dtype=torch.float32,
-                ignore_mismatched_sizes=True,  # they are listed below, together with what is missing
-                output_loading_info=True,
-            )
-        except (OSError, ValueError, SafetensorError) as error:
+            stored = weights_in(fetch(self.weights, KEY))
+        except RecipeError as error:
             raise unreadable(self.weights, error) from error
-        lm, found = loaded
-        problems = [f"  {kind}: {name}" for kind, names in found.items() for name in (sorted(names, key=str) if names else [])]
-        if problems:
-            raise RecipeError(
-                f"'{self.weights}' does not fit the architecture of the recipe (key model.decoder.init_args.weights); "
-                "tensors that are not as they should be:\n" + "\n".join(problems)
-            )
-        self._adopt(lm)
+        if stored is None:
+            raise unreadable(self.weights, ValueError("It holds no model.safetensors and no pytorch_model.bin."))
+        load_released(self.lm, stored, self.weights)
 
     def adapt(self) -> None:
         """Inserts the adapters that `lora` states; does nothing without.
@@ -106,17 +104,9 @@ class HuggingFaceDecoder(Decoder):
             parameter.requires_grad_(requires_grad)
         return self
 
-    def _adopt(self, lm: PreTrainedModel) -> None:
-        lm.config.use_cache = False
-        lm.generation_config = GenerationConfig()  # a released one may state sampling that nobody asked for
-        self.lm = lm.train(self.training)
-
     @torch.no_grad()
     def reset_buffers(self) -> None:
-        """Computes what no state dict holds, such as the frequencies of the rotary embedding.
-
-        Needed after a model built on the meta device was given memory by `to_empty`, which leaves them undefined.
-        """
+        """Computes what no state dict holds, such as the frequencies of the rotary embedding."""
         for module in self.lm.modules():
             if module._non_persistent_buffers_set:
                 parameters: list[Any] = list(module.parameters(recurse=False))

@@ -55,6 +55,7 @@ def insert(lm: PreTrainedModel, lora: LoRA) -> None:
     """
     # takes seconds to import, which most commands need not wait for
     from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
 
     config = LoraConfig(
         r=lora.rank,
@@ -63,6 +64,11 @@ def insert(lm: PreTrainedModel, lora: LoRA) -> None:
         target_modules=_targets(lm, lora.target_modules),
     )
     inject_adapter_in_model(config, lm)
+    for layer in lm.modules():
+        if isinstance(layer, LoraLayer):  # in memory and with values, though the layer itself may be on the meta device
+            for matrix in (*layer.lora_A.values(), *layer.lora_B.values()):
+                matrix.to_empty(device=torch.get_default_device())
+            layer.reset_lora_parameters("default", init_lora_weights=True)
 
 
 def adapters(lm: nn.Module) -> Iterable[nn.Parameter]:

@@ -13,6 +13,7 @@ from components.decoder.architecture import config_differences
 from components.errors import RecipeError
 from components.huggingface.layout import DECODER, PROJECTOR, TOWER, LlavaFolder, open_llava, pairings, preprocessing
 from components.named_tensors import NamedTensors, Paired, differences, fill, listed
+from components.sharding import give_memory
 
 PARTS = {"vision_tower": TOWER, "projector": PROJECTOR, "decoder": DECODER}
 
@@ -84,8 +85,7 @@ def allocate(model: Any, dtype: torch.dtype) -> None:
         model.build()
     for parameter in model.parameters():  # not .to(): rotary tables stay in float32
         parameter.data = parameter.data.to(dtype)
-    model.to_empty(device="cpu")
-    model.decoder.lm.tie_weights()  # a head that is the embedding table has become another tensor
+    give_memory(model, torch.device("cpu"))
     model.decoder.reset_buffers()
 
 

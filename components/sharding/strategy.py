@@ -17,8 +17,14 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from components.errors import RecipeError
+<<<<<<< HEAD
+from components.sharding.layout import Checkpointing, Dtype, Layout
+from components.sharding.materialize import agreed, demand_finite
+from components.sharding.recomputation import recompute
+=======
 from components.sharding.layout import Checkpointing, Dtype, Layout, demand_fit
 from components.sharding.recomputation import compile_block, recompute
+>>>>>>> main
 from components.sharding.units import flowing_modules, keep_frozen_whole, units
 
 
@@ -83,6 +89,13 @@ class HybridSharding(ModelParallelStrategy):
         )
         mesh["replicate", "shard"]._flatten("data_parallel")  # the name under which Lightning looks for the data ranks
         self._device_mesh = self.lightning_module._device_mesh = mesh
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Fill the model from a checkpoint. It may have had no values before: then all of them must have come from there."""
+        loaded = super().load_checkpoint(checkpoint_path, weights_only)
+        with agreed(self.world_size):
+            demand_finite(self.lightning_module)  # type: ignore[arg-type]
+        return loaded
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:

@@ -33,9 +33,14 @@ class VisionTower(LightningModule, ABC):
     def build(self) -> None:
         """Creates the layers with random weights; the caller may be inside `torch.device("meta")`."""
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether `load_weights` fills every layer, which then need no values before."""
+        return False
+
     @abstractmethod
     def load_weights(self) -> None:
-        """Reads the pretrained weights into the built layers; does nothing when none are stated."""
+        """Reads the pretrained weights into the built layers, which are in memory, perhaps sharded; does nothing without."""
 
     @abstractmethod
     def forward(self, pixels: UInt8[Tensor, "images 3 size size"]) -> Float[Tensor, "images patches feature_dim"]:

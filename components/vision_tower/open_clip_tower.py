@@ -101,6 +101,11 @@ class OpenClipTower(VisionTower):
             visual.attn_pool = visual.attn_pool_contrastive = None
         self.visual = visual
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether `pretrained` is stated."""
+        return self.pretrained is not None
+
     def load_weights(self) -> None:
         """Reads `pretrained` into the built layers, which must be in memory; they may be sharded already.
 

@@ -169,8 +169,11 @@ def test_the_precision_of_the_run_is_the_one_that_is_tried(monkeypatch):
     def first_attention(query, *others):
         raise ZeroDivisionError(query.dtype)
 
+    def too_late(*_):
+        raise AssertionError
+
     model = tiny_model()
     monkeypatch.setattr(attention, "_per_document", first_attention)
-    monkeypatch.setattr(model, "on_train_start", None)  # the probe comes before
+    monkeypatch.setattr(model, "on_train_batch_start", too_late)  # the probe comes before
     with pytest.raises(ZeroDivisionError, match="bfloat16"):
         tiny_trainer(precision="bf16-mixed").fit(model, datamodule=Prepared([tiny_batch()]))
