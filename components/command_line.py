@@ -202,14 +202,11 @@ class RecipeCLI(LightningCLI):
             trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ModuleNotFoundError) as error:
             raise RecipeError(f"trainer: {error}") from error
-<<<<<<< HEAD
         if self.subcommand is not None and self.checkpoint is not None:
             trainer.ckpt_path = str(self.checkpoint / STATE)  # known before the model is built, which then reads no other weights
-=======
         environment = trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment):
             environment.auto_requeue = False  # which would save inside a signal handler; the job's script queues it again
->>>>>>> main
         return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:

@@ -17,14 +17,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from components.errors import RecipeError
-<<<<<<< HEAD
-from components.sharding.layout import Checkpointing, Dtype, Layout
-from components.sharding.materialize import agreed, demand_finite
-from components.sharding.recomputation import recompute
-=======
 from components.sharding.layout import Checkpointing, Dtype, Layout, demand_fit
+from components.sharding.materialize import agreed, demand_finite
 from components.sharding.recomputation import compile_block, recompute
->>>>>>> main
 from components.sharding.units import flowing_modules, keep_frozen_whole, units
 
 
