@@ -8,7 +8,7 @@ Source: the ring algorithms of NCCL, without their protocols.
 Left out: the reductions of a few numbers (loss, count of targets, norm of the gradients).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from components.plan.machine import Machine
@@ -88,10 +88,8 @@ def collectives(workload: Workload, schedule: Schedule) -> dict[Kind, Collective
 
 def sent_units(workload: Workload, layout: Layout) -> list[Unit]:
     """The units that are sharded, without the parameters that every rank holds whole."""
-    if not layout.replicate_frozen:
-        return [unit for unit in workload.units if unit.parameters]
-    trained = [replace(unit, parameters=tuple(p for p in unit.parameters if p.trained)) for unit in workload.units]
-    return [unit for unit in trained if unit.parameters]
+    units = [unit.trained if layout.replicate_frozen else unit for unit in workload.units]
+    return [unit for unit in units if unit.parameters]
 
 
 def _times(number: int, sizes: list[int], dtype: Dtype) -> Collective:

@@ -65,17 +65,17 @@ class Memory:
 
 def memory_of(workload: Workload, machine: Machine, schedule: Schedule) -> Memory:
     """What a schedule needs on each GPU of a machine."""
-    trained = [parameter for unit in workload.units for parameter in unit.parameters if parameter.trained]
-    frozen = [parameter for unit in workload.units for parameter in unit.parameters if not parameter.trained]
     layout = schedule.layout
-    shard = sum(parameter.padded(layout.shards) for parameter in trained) // layout.shards
-    frozen_shard = sum(parameter.padded(layout.shards) for parameter in frozen) // layout.shards
-    waiting = sum(parameter.size for parameter in trained) if layout.defer_reduce_scatter else 0
+    trained = sum(part.trained_parameters for part in workload.parts.values())
+    frozen = sum(part.parameters for part in workload.parts.values()) - trained
+    shard = sum(unit.padded_trained(layout.shards) for unit in workload.units) // layout.shards
+    frozen_shard = sum(unit.padded(layout.shards) for unit in workload.units) // layout.shards - shard
+    waiting = trained if layout.defer_reduce_scatter else 0
     parts = {
         "parameters": 4 * shard,
         "gradients": 4 * shard + BYTES[layout.reduce_dtype] * waiting,
         "optimizer": 8 * shard,
-        "frozen": BYTES[layout.param_dtype] * sum(p.size for p in frozen) if layout.replicate_frozen else 4 * frozen_shard,
+        "frozen": BYTES[layout.param_dtype] * frozen if layout.replicate_frozen else 4 * frozen_shard,
         "gathered": _gathered(workload, schedule),
         "reduction": _reduction(workload, schedule),
         "activations": activations(workload, schedule),

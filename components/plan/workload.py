@@ -1,7 +1,7 @@
 """Workload: what a recipe trains, in numbers, read from a model on the meta device."""
 
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from math import prod
 from typing import Any
 
@@ -15,12 +15,7 @@ from components.vlm import VisionLanguageModel
 Number = int | float
 
 
-@cache
-def _padded(shape: tuple[int, ...], shards: int) -> int:
-    return -(-shape[0] // shards) * shards * prod(shape[1:])
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # known by identity, which makes the sums below quick to look up
 class Parameter:
     """One tensor of weights.
 
@@ -39,7 +34,12 @@ class Parameter:
 
     def padded(self, shards: int) -> int:
         """Numbers in it when its rows are filled up to a multiple of `shards`, as FSDP2 holds and sends it."""
-        return _padded(self.shape, shards)
+        return -(-self.shape[0] // shards) * shards * prod(self.shape[1:])
+
+
+@cache
+def _padded(parameters: tuple[Parameter, ...], shards: int, trained_only: bool) -> int:
+    return sum(parameter.padded(shards) for parameter in parameters if parameter.trained or not trained_only)
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,11 @@ class Unit:
     parameters: tuple[Parameter, ...]
     gradients_flow: bool
 
+    @cached_property
+    def trained(self) -> "Unit":
+        """The part of it that trains."""
+        return replace(self, parameters=tuple(parameter for parameter in self.parameters if parameter.trained))
+
     @property
     def is_root(self) -> bool:
         """Whether it holds what the decoder has outside its blocks, which stays gathered from forward to backward."""
@@ -63,11 +68,11 @@ class Unit:
 
     def padded(self, shards: int) -> int:
         """Numbers of an all-gather."""
-        return sum(parameter.padded(shards) for parameter in self.parameters)
+        return _padded(self.parameters, shards, False)
 
     def padded_trained(self, shards: int) -> int:
         """Numbers of a reduce-scatter; 0 where nothing trains."""
-        return sum(parameter.padded(shards) for parameter in self.parameters if parameter.trained)
+        return _padded(self.parameters, shards, True)
 
 
 @dataclass(frozen=True)
