@@ -4,10 +4,11 @@ import resource
 from dataclasses import replace
 
 import pytest
+import torch
 from thirteen_billion import FULL_SHARD, HYBRID, LAYERS, PROJECTOR, ROOT, SAMPLE, TOWER_BLOCK, TOWER_REST, model_13b, numbers
 
-from components.plan.schedule import Schedule
-from components.plan.simulate import simulate
+from components.plan import Machine, Schedule, collectives, memory_of, workload_of
+from components.plan.simulate import compare, simulate
 from tests.recipes.recipe_book import instantiate
 
 pytestmark = pytest.mark.slow
@@ -40,6 +41,10 @@ def as_that_program(step, layout, tower_blocks, accumulation):
     }
 
 
+def recipe_model():
+    return instantiate(("--config", "recipes/meta_llava_13b_pretrain.yaml", "--trainer.logger=false")).model
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_slice_of_eight_layers(name):
     layout = LAYOUTS[name]
@@ -54,7 +59,7 @@ def test_a_slice_of_eight_layers(name):
 
 
 def test_the_whole_model_of_the_recipe():
-    model = instantiate(("--config", "recipes/meta_llava_13b_pretrain.yaml", "--trainer.logger=false")).model
+    model = recipe_model()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     step = simulate(model, Schedule(FULL_SHARD, micro_batch=1, accumulation=1), SAMPLE)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20, "GiB that a model of no memory took"
@@ -63,3 +68,17 @@ def test_the_whole_model_of_the_recipe():
     assert step.flops == pytest.approx(24.76e12, rel=1e-3)
     held = numbers(PROJECTOR + ROOT) / 128
     assert step.peak_memory["optstate"] == pytest.approx(8 * (held + 12.688e9 / 128), rel=1e-3)
+
+
+def test_the_formulas_agree_on_the_schedule_of_the_recipe():
+    model = recipe_model()
+    schedule = Schedule(HYBRID, micro_batch=1, accumulation=16)
+    step = simulate(model, schedule, SAMPLE)
+    with torch.device("meta"):
+        model.build()
+    machine = Machine.of(16, 8, "a100-80gb", "1.6Tb/s")
+    work = workload_of(model, text_tokens=64, target_tokens=64, images_per_sample=1, global_batch_size=2048, max_steps=1)
+    memory = memory_of(work, machine, schedule)
+    lines = compare(step, collectives(work, schedule), 16 * work.flops_per_sample, (memory.total - memory.allowance) * 2**30)
+    assert [line for line in lines if not line.agrees] == []
+    assert abs(lines[-1].difference) < 0.05  # peak memory
