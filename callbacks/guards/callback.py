@@ -144,7 +144,7 @@ class Guards(Callback):
     def _close(self, exception: BaseException | None) -> None:
         if self.watchdog is None:
             return
-        self.watchdog.over.set()
+        self.watchdog.stop()
         self.watchdog = None
         phases.listen(None)
         preemption.forget()

@@ -48,6 +48,7 @@ class Watchdog(threading.Thread):
         self.before_end = before_end
         self.step_seconds: deque[float] = deque(maxlen=_STEPS_OF_THE_MEDIAN)
         self.over = threading.Event()
+        self.ending = False
         least = min((limit for limit in vars(minutes).values() if limit is not None), default=1.0)
         self.pause = min(5.0, least * 60 / 10)
 
@@ -70,7 +71,14 @@ class Watchdog(threading.Thread):
                 self._end(phase, seconds)
             looked = time.monotonic()
 
+    def stop(self) -> None:
+        """The run is over. If it is so because another rank has ended first, for the same reason, this process ends as it did."""
+        self.over.set()
+        if self.ending:
+            self.join()
+
     def _end(self, phase: phases.Phase, seconds: float) -> None:
+        self.ending = True
         threading.Timer(_SECONDS_TO_WRITE, os._exit, [EXIT_CODE]).start()  # the disk may be what hangs
         told = (
             f"{socket.gethostname()}, rank {self.rank}: no progress in phase '{phase}' for {seconds:.0f} s; the limit is "
@@ -86,6 +94,7 @@ class Watchdog(threading.Thread):
             faulthandler.dump_traceback(file, all_threads=True)
         self.before_end(phase)
         _dump_collectives(self.folder / f"hang_nccl_rank_{self.rank}")
+        time.sleep(2 * self.pause)  # the others wait for this process, and write theirs at about the same time
         os._exit(EXIT_CODE)
 
 
