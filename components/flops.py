@@ -11,7 +11,7 @@ large model: the patch embedding, and a resampler's reading of the patches.
 
 from dataclasses import asdict
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from components.sharding import whole_shape
 from components.vlm import VisionLanguageModel
@@ -31,7 +31,9 @@ def peak_flops(device_name: str) -> float | None:
 
 def matmul_parameters(model: VisionLanguageModel) -> dict[str, int]:
     """Weights of each part that are multiplied with every token, and of the head and adapters, in numbers of parameters."""
-    inside = {"projector": [model.projector], "vision_tower": model.vision_tower.blocks(), "decoder": model.decoder.blocks()}
+    inside: dict[str, list[nn.Module]] = {
+        "projector": [model.projector], "vision_tower": model.vision_tower.blocks(), "decoder": model.decoder.blocks(),
+    }  # fmt: skip
     sizes = {}
     for name, modules in inside.items():
         shapes = [whole_shape(parameter) for module in modules for parameter in module.parameters()]
