@@ -169,7 +169,7 @@ def _built(model: VisionLanguageModel) -> VisionLanguageModel:
     with torch.device("meta"):
         model.build()
         model.adapt()
-    model.on_train_start()
+    model.set_modes()
     return model
 
 
