@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from small_recipe import diary, fit, write_recipe
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main
 from callbacks.checkpoint import Checkpoint
@@ -35,6 +36,13 @@ def steps(run: str) -> list[int]:
 
 def state(run: str) -> dict[str, Any]:
     return torch.load(complete_checkpoints(Path("runs") / run)[-1] / "state", weights_only=False)
+
+
+def losses(run: str) -> list[tuple[int, float]]:
+    """What TensorBoard shows."""
+    events = EventAccumulator(f"runs/{run}")
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars("train/loss")]
 
 
 def assert_same(ours: Any, theirs: Any, where: str = "") -> None:
@@ -97,6 +105,7 @@ def test_a_run_that_is_told_to_end_saves_first(
     assert fit(recipe) == 0
     assert_same_run("told", "whole")
     assert_same_diary("told", "whole", step, written)
+    assert losses("told") == losses("whole")
 
 
 def test_the_last_checkpoint_is_written_before_the_benchmarks_of_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

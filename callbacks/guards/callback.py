@@ -170,8 +170,9 @@ class Guards(Callback):
         self.waiting_since = time.monotonic()
 
     def _end_step(self, trainer: Trainer, model: Any) -> None:
-        if phases.current()[0] == "start":
+        if phases.current()[0] == "start":  # of which the time says nothing of other steps
             phases.enter("step")
+            self.stragglers.data_wait = 0.0
         else:
             self._count_time()
         step: OptimizerStep = model.step

@@ -66,6 +66,8 @@ def save_and_end(trainer: Trainer) -> None:
     Raises:
         Preempted: On all ranks.
     """
+    if trainer._logger_connector._first_loop_iter is not None:  # in a step: Lightning would log it after this hook
+        trainer._logger_connector.update_train_step_metrics()
     saved = -1
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, Checkpoint) and trainer.global_step:

@@ -62,14 +62,15 @@ class Watchdog(threading.Thread):
 
     def run(self) -> None:
         """Look at the phase again and again."""
-        looked = time.monotonic()
+        awake = looked = time.monotonic()
         while not self.over.wait(self.pause):
+            now = time.monotonic()
+            if now - looked > 2 * self.pause + 1:
+                awake = now  # this thread slept as well: the whole process was stopped for a while
+            looked = now
             phase, seconds = phases.current()
-            if time.monotonic() - looked > 2 * self.pause + 1:
-                phases.get_on()  # the thread slept as well: the whole process was stopped for a while
-            elif seconds > self.limit(phase):
+            if min(seconds, now - awake) > self.limit(phase):
                 self._end(phase, seconds)
-            looked = time.monotonic()
 
     def stop(self) -> None:
         """The run is over. If it is so because another rank has ended first, for the same reason, this process ends as it did."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from small_recipe import RECIPE, fit, write_recipe
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from callbacks.validation.asking import Prompts
 from components.run_folder import complete_checkpoints
@@ -19,9 +20,31 @@ BENCHMARK = {
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
 
 
-def test_told_to_end_in_a_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def losses(run: Path) -> list[int]:
+    """Steps whose loss TensorBoard shows."""
+    events = EventAccumulator(str(run))
+    events.Reload()
+    return [event.step + 1 for event in events.Scalars("train/loss")] if "train/loss" in events.Tags()["scalars"] else []
+
+
+@pytest.mark.parametrize(
+    ("when", "step", "checkpoints"),
+    [
+        ({"every_n_steps": 3, "at_end": False}, 3, ["step_00000002", "step_00000003"]),
+        pytest.param({"at_start": True, "at_end": False}, 0, [], marks=pytest.mark.slow),
+        pytest.param({"at_end": True}, 4, ["step_00000002", "step_00000004"], marks=pytest.mark.slow),
+    ],
+)
+def test_told_to_end_in_a_validation(
+    when: dict[str, Any],
+    step: int,
+    checkpoints: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.chdir(tmp_path)
-    validation = {"benchmarks": {"shapes": BENCHMARK}, "every_n_steps": 3, "batch_size": 2, "max_new_tokens": 2}
+    validation = {"benchmarks": {"shapes": BENCHMARK}, "batch_size": 2, "max_new_tokens": 2, **when}
     recipe = write_recipe(tmp_path / "told.yaml", validation=validation, trainer={"enable_progress_bar": False})
     batches, prepare = [], Prompts.__getitem__
 
@@ -36,9 +59,15 @@ def test_told_to_end_in_a_validation(tmp_path: Path, monkeypatch: pytest.MonkeyP
         fit(recipe)
     assert exit_.value.code == 143
     assert batches == [0, 1]
-    assert [folder.name for folder in complete_checkpoints(Path("runs/told"))] == ["step_00000002", "step_00000003"]
-    assert "runs/told was told to end at step 3 and is saved at step 3" in capsys.readouterr().out
-    answers = Path("runs/told/validation/shapes_step_3.jsonl")
+    run = Path("runs/told")
+    assert [folder.name for folder in complete_checkpoints(run)] == checkpoints
+    assert f"{run} was told to end at step {step} and is {'' if step else 'not '}saved" in capsys.readouterr().out
+    assert losses(run) == list(range(1, step + 1))
+    answers = run / f"validation/shapes_step_{step}.jsonl"
     assert not answers.exists()
     assert fit(recipe) == 0
-    assert answers.exists()
+    assert losses(run) == [1, 2, 3, 4]
+    if step < 4:
+        assert answers.exists()  # it is asked again
+    else:
+        assert "Not every benchmark was asked at its end" in capsys.readouterr().out
