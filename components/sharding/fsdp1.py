@@ -6,6 +6,7 @@ out as those of FSDP2. Gradients are reduced after every micro-batch, every rank
 mesh that it began with: where that is too little, `HybridSharding` does more.
 """
 
+import os
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
@@ -32,6 +33,7 @@ from torch.optim import Optimizer
 
 from components.errors import RecipeError
 from components.sharding.layout import Checkpointing, Dtype, Layout, demand_fit
+from components.sharding.materialize import agreed, demand_finite
 from components.sharding.recomputation import recompute
 from components.sharding.units import flowing_modules
 from components.sharding.whole import note
@@ -54,7 +56,8 @@ class FullyShardedV1(FSDPStrategy):
         timeout_minutes: How long a collective may take before the run is ended, > 0.
 
     Raises:
-        RecipeError: replicas x shards is not the number of ranks, or nothing would be sharded.
+        RecipeError: replicas x shards is not the number of ranks, nothing would be sharded, or a node has too little memory for
+            its ranks to read the weights whole.
     """
 
     def __init__(
@@ -85,10 +88,24 @@ class FullyShardedV1(FSDPStrategy):
                 "trainer.strategy.init_args: FSDP1 needs shards to be at least 2. Raise it, or give "
                 "components.sharding.HybridSharding, as recipes/trainer/fsdp_8xa100.yaml does."
             )
+        self._demand_memory()
         self.kwargs.pop("device_mesh")  # of which Lightning would make a mesh of GPUs, wherever it is
         super().setup_environment()
         mesh = init_device_mesh(self.root_device.type, (replicas, shards), mesh_dim_names=("replicate", "shard"))
         self.kwargs["device_mesh"] = mesh if replicas > 1 else mesh["shard"]
+
+    def _demand_memory(self) -> None:
+        """The memory of this node is enough for all of its ranks to read the weights whole."""
+        model: Any = self.lightning_module
+        model.build(on_meta=set(model.parts))  # to be counted; it is built anew when it is read
+        needed = self.num_processes * sum(4 * parameter.numel() for parameter in model.parameters())
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if needed > there:
+            raise RecipeError(
+                f"trainer.strategy: with FSDP1 every rank reads the weights whole, and the {self.num_processes} ranks of this node "
+                f"need {needed / 2**30:.3g} GiB of memory, of {there / 2**30:.3g}. Give components.sharding.HybridSharding, as "
+                "recipes/trainer/fsdp_8xa100.yaml does, which reads only what a rank keeps."
+            )
 
     def _setup_model(self, model: Any) -> nn.Module:
         """Shard every block, then the rest of the model."""
@@ -123,12 +140,14 @@ class FullyShardedV1(FSDPStrategy):
         return get_optimizer_state_dict(self.model, inner, options=_ON_CPU)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read this rank's shards from the folder of a sharded checkpoint, and return what is not sharded."""
+        """Fill the model, which may have had no values before, from a sharded checkpoint; return what is not sharded."""
         assert self.model is not None
         folder = Path(self.broadcast(checkpoint_path))
         weights = get_model_state_dict(self.model)
         load({"state_dict": weights}, checkpoint_id=folder)
         set_model_state_dict(self.model, weights)
+        with agreed(self.world_size):
+            demand_finite(self.model)
         for number, optimizer in enumerate(self.optimizers):
             state = get_optimizer_state_dict(self.model, optimizer)
             load({f"optimizer_{number}": state}, checkpoint_id=folder)

@@ -2,14 +2,14 @@
 
 import functools
 import io
+import os
 from contextlib import redirect_stdout
 from functools import partial
 
 import pytest
-import runs
 import torch
+import runs
 from lightning import Callback
-from runs import CURVE_RATES, adapted_model, deal, rank_of, twenty_steps
 from test_two_processes import SHARES, STEPS, Answers, without_a_mask
 from test_two_processes import answers as answers_of_one
 from tiny import (
@@ -28,6 +28,7 @@ from tiny import (
     weights,
     whole,
 )
+from runs import CURVE_RATES, adapted_model, deal, rank_of, twenty_steps
 
 from callbacks.checkpoint import Checkpoint
 from callbacks.overview import Overview
@@ -39,6 +40,7 @@ from components.errors import RecipeError
 from components.flops import matmul_parameters
 from components.run_folder import RECIPE, STATE, checkpoint_folder
 from components.sharding import FullyShardedV1
+from components.sharding import fsdp1 as fsdp1_module
 
 
 def fsdp1(replicas, shards, **options):
@@ -128,8 +130,18 @@ def resumed_run(folder, steps, state):
     """The rest of that run."""
     model, record = tiny_model(TOWER_FROZEN, weight_decay=0.1), Record()
     trainer = tiny_trainer(2, callbacks=[record], devices=2, strategy=FSDP1(), gradient_clip_val=0.3, default_root_dir=folder)
-    trainer.fit(model, datamodule=Prepared(deal(steps, 2, rank_of(2), 2)), ckpt_path=state)
+    trainer.ckpt_path = state  # known before the model is built, which then reads no other weights
+    trainer.fit(model, datamodule=Prepared(deal(steps, 2, rank_of(2), 2)))
     return record.steps, whole_weights(model)
+
+
+def refused_run(*arguments):
+    """What is said of that rest if the weights of the checkpoint do not arrive."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fsdp1_module, "set_model_state_dict", lambda model, weights: None)
+        with pytest.raises(RecipeError) as error:
+            resumed_run(*arguments)
+    return str(error.value)
 
 
 def test_a_checkpoint_loads_into_a_whole_model_and_resumes_bitwise(pair, tmp_path):
@@ -140,10 +152,13 @@ def test_a_checkpoint_loads_into_a_whole_model_and_resumes_bitwise(pair, tmp_pat
     load_weights(model, checkpoint_folder(tmp_path, 8), "--ckpt")
     assert all(torch.equal(tensor, run.weights[name]) for name, tensor in weights(model).items())
 
-    for logged, resumed in pair.run(resumed_run, str(tmp_path), steps, str(checkpoint_folder(tmp_path, 4) / STATE)):
+    rest = (str(tmp_path), steps, str(checkpoint_folder(tmp_path, 4) / STATE))
+    for logged, resumed in pair.run(resumed_run, *rest):
         for name in ("train/loss", "norm/gradient"):
             assert [step[name] for step in logged] == run.series(name)[4:]
         assert all(torch.equal(tensor, run.weights[name]) for name, tensor in resumed.items())
+    for message in pair.run(refused_run, *rest):
+        assert "these hold NaN or infinite numbers" in message
 
 
 def probed(param_dtype):
@@ -236,4 +251,17 @@ def test_a_mesh_or_a_precision_that_does_not_fit(pair):
 def test_groups_of_one_rank_are_left_to_fsdp2(pair):
     for message in pair.run(refusal, 2, 1):
         assert "FSDP1 needs shards to be at least 2" in message
+        assert "components.sharding.HybridSharding, as recipes/trainer/fsdp_8xa100.yaml does" in message
+
+
+def refusal_on_a_small_node():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "sysconf", {"SC_PHYS_PAGES": 60, "SC_PAGE_SIZE": 4096}.get)
+        return refusal(1, 2)
+
+
+def test_a_node_that_cannot_hold_the_weights_of_all_its_ranks(pair):
+    size = sum(4 * parameter.numel() for parameter in built_model().parameters()) / 2**30
+    for message in pair.run(refusal_on_a_small_node):
+        assert f"the 2 ranks of this node need {2 * size:.3g} GiB of memory, of 0.000229" in message
         assert "components.sharding.HybridSharding, as recipes/trainer/fsdp_8xa100.yaml does" in message
