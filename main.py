@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from components.errors import RecipeError
 
 COMMANDS = {
+    "plan": "what a recipe will cost and where it contradicts itself, before it runs",
     "fit": "train a recipe, or continue its run from the newest complete checkpoint",
     "validate": "validation losses and benchmarks of a checkpoint, as the run asks them on the way",
     "test": "every question of a recipe's benchmarks, asked of a checkpoint",
@@ -19,6 +20,7 @@ COMMANDS = {
     "export": "write a run as a Hugging Face LLaVA folder, and prove it equal",
 }
 WITHOUT_TRAINER = {
+    "plan": "components.plan_command",
     "ask": "components.ask",
     "score": "components.score",
     "compare": "components.compare",
@@ -47,6 +49,8 @@ def main(arguments: list[str]) -> int:
         return _fail(f"'{command}' is not a command.{hint} Commands: {', '.join(COMMANDS)}.")
     # threads that wait for one another soon yield their core: on a laptop, training and data workers share few of them
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    if command == "plan":  # which fetches nothing, whatever a recipe names
+        os.environ["HF_HUB_OFFLINE"] = "1"
     from jsonargparse import ArgumentError
 
     try:

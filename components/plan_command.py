@@ -1,0 +1,193 @@
+"""`python main.py plan`: what a recipe will cost and where it contradicts itself, in seconds, without weights, GPU or network."""
+
+from argparse import ArgumentParser, ArgumentTypeError
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from components.command_line import RecipeCLI
+from components.errors import RecipeError
+from components.plan import GPUS, estimate, workload_of
+from components.plan.example import example_of
+from components.plan.facts import Facts, FirstStage
+from components.plan.findings import findings_of
+from components.plan.gather import GPU, Target, facts_of
+from components.plan.render import page, write
+from components.plan.report import Prices, compared, report
+from components.plan.samples import FirstSamples
+from components.plan.simulate import MeanSample, compare, simulate
+from components.rebuild import read_checkpoint_recipe, rebuild
+from components.recipe_files import named_recipes
+from components.run_folder import RUNS, complete_checkpoints, run_name
+from components.vlm import VisionLanguageModel
+
+PAGE = "plan.html"
+NO_RECIPE = "No recipe given. Example: python main.py plan --config recipes/quickstart.yaml"
+
+
+class PlanCLI(RecipeCLI):
+    """A recipe in, its parts out, parsed and refused exactly as `fit` would; no trainer, no run folder."""
+
+    recipe: Any
+    """The sections, instantiated; the trainer's stays a namespace."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Fit alone."""
+        return {"fit": RecipeCLI.subcommands()["fit"]}
+
+    def _set_seed(self) -> None:
+        """A plan draws nothing."""
+
+    def before_instantiate_classes(self) -> None:
+        """A plan has no run."""
+
+    def instantiate_classes(self) -> None:
+        """All but the trainer."""
+        self.recipe = self.parser.instantiate(self.config)["fit"]
+
+    def parse(self, files: list[Path]) -> Any:
+        """The sections of another recipe and its overlays."""
+        words = [word for file in files for word in ("--config", str(file))]
+        return self.parser.instantiate(self.parser.parse_args(["fit", *words]))["fit"]
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing runs."""
+
+
+def main(arguments: list[str]) -> int:
+    """Parse the options of `plan`, print its report and write its page."""
+    options, recipe_arguments = _parser().parse_known_args(arguments)
+    files = named_recipes(recipe_arguments)
+    if not files:
+        raise RecipeError(NO_RECIPE)
+    cli = PlanCLI(["fit", *recipe_arguments])
+    recipe, run = cli.recipe, cli.recipe.run or run_name(files)
+    first = first_samples(recipe)
+    target = Target(options.nodes, options.gpus_per_node, options.gpu, options.interconnect, options.mfu)
+    stage = first_stage(recipe.model.initial_weights, Path(files[0]).parent, cli.parse)
+    facts = facts_of(run, recipe, first, target, stage)
+    findings = findings_of(facts)
+    text = report(facts, findings, options.mfu, Prices(options.price_per_gpu_hour, options.kg_co2_per_kwh))
+    print(text)
+    file = options.page or RUNS / run / PAGE
+    write(file, page(run, text, example_of(first, facts.micro_batch)))
+    print(f"One training sample as the model reads it: {file}")
+    if options.simulate:
+        print("\n" + _simulated(recipe.model, facts))
+    return 2 if any(finding.severity == "contradiction" for finding in findings) else 0
+
+
+def first_samples(recipe: Any) -> FirstSamples:
+    """A parsed recipe in, its model built without memory, what of its data is at hand prepared and out.
+
+    Raises:
+        RecipeError: It does not say how long it trains, or the template does not suit its tokenizer.
+    """
+    if (recipe.max_steps or 0) < 1:
+        raise RecipeError("max_steps is not set. Every recipe states how many optimizer steps it trains.")
+    with torch.device("meta"):
+        recipe.model.build()
+        recipe.model.adapt()
+    first = FirstSamples(recipe.data, recipe.model.sample_format(), recipe.max_steps)
+    if first.complete:
+        first.prepare()
+    return first
+
+
+# --- options
+
+
+def _positive(kind: Callable[[str], Any], most: float | None = None) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        number = kind(text)
+        if number <= 0 or (most is not None and number > most):
+            raise ArgumentTypeError(f"{text} must be above 0{f' and at most {most:g}' if most else ''}")
+        return number
+
+    read.__name__ = kind.__name__
+    return read
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="python main.py plan",
+        usage="python main.py plan --config RECIPE [--config OVERLAY] [--any.key.of.the.recipe VALUE] [options]",
+        description="What a recipe will cost and where it contradicts itself: in seconds, without weights, GPU or network. "
+        "Contradictions end with exit code 2.",
+        epilog="--config and keys of the recipe are those of fit: see python main.py fit --help.",
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    number, whole = _positive(float), _positive(int)
+    add = parser.add_argument
+    add("--nodes", type=whole, help="Computers, >= 1. Default: the recipe's trainer.num_nodes.")
+    add("--gpus-per-node", type=whole, help="GPUs of each, >= 1. Default: the recipe's trainer.devices.")
+    add("--gpu", choices=GPUS, help=f"Their model. Default: {GPU} if the recipe trains on GPUs, else none.")
+    add(
+        "--interconnect",
+        default="1.6Tb/s",
+        metavar="RATE",
+        help="Network of each node, such as 200Gb/s or 1.6Tb/s (bits), or 25GB/s (bytes). Default: 1.6Tb/s.",
+    )
+    add(
+        "--mfu",
+        type=_positive(float, most=1.0),
+        default=0.5,
+        help="Share of the GPUs' peak that computing alone reaches, in (0, 1], before it waits for communication. Default: 0.5.",
+    )
+    add("--price-per-gpu-hour", type=number, default=2.0, help="Price of one GPU for one hour, in any currency. Default: 2.")
+    add("--kg-co2-per-kwh", type=number, default=0.385, help="CO2 of the electricity, in kg/kWh. Default: 0.385.")
+    add("--simulate", action="store_true", help="Play one rank with the real sharding on tensors without memory, and compare.")
+    add("--page", type=Path, metavar="FILE.html", help=f"Where the page with a training sample goes. Default: runs/NAME/{PAGE}.")
+    return parser
+
+
+def first_stage(source: str | None, folder: Path, parse: Callable[[list[Path]], Any]) -> FirstStage | None:
+    """The run that a model starts from, if its checkpoint or its recipe, in the folder of this one, is here."""
+    if source is None or Path(source).parent != RUNS:
+        return None
+    if checkpoints := complete_checkpoints(Path(source)):
+        model, _ = rebuild(read_checkpoint_recipe(checkpoints[-1]))
+    else:
+        name, *overlays = Path(source).name.split("+")
+        files = [folder / f"{name}.yaml", *(folder / "ablations" / f"{overlay}.yaml" for overlay in overlays)]
+        if not all(file.is_file() for file in files):
+            return None
+        model = parse(files).model
+    shape = model.sample_format()
+    return FirstStage(source, shape.image_size, shape.tokens_per_image)
+
+
+# --- simulation
+
+
+def _simulated(model: VisionLanguageModel, facts: Facts) -> str:
+    now = facts.estimate
+    if now is None or facts.running.layout is None:
+        raise RecipeError(
+            "--simulate plays a rank of a sharded run on GPUs, and this recipe has none to play. Name its trainer file."
+        )
+    work = facts.workload
+    sample = MeanSample(round(work.text_tokens), round(work.target_tokens), max(1, round(work.images_per_sample)))
+    whole = workload_of(
+        model,
+        text_tokens=sample.text_tokens,
+        target_tokens=sample.target_tokens,
+        images_per_sample=sample.images,
+        global_batch_size=work.global_batch_size,
+        max_steps=work.max_steps,
+    )
+    assert facts.machine is not None
+    formula = estimate(whole, facts.machine, now.schedule)
+    samples = now.schedule.micro_batch * now.schedule.accumulation
+    recomputed = whole.recomputed_flops if now.schedule.layout.activation_checkpointing == "full" else 0.0
+    lines = compare(
+        simulate(model, now.schedule, sample, progress=True),
+        formula.communication.collectives,
+        samples * (whole.flops_per_sample + recomputed),
+        (formula.memory.total - formula.memory.allowance) * 2**30,
+    )
+    return compared(lines)
