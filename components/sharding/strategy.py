@@ -77,7 +77,10 @@ class HybridSharding(ModelParallelStrategy):
     def setup_environment(self) -> None:
         """Start the process group and lay the mesh over it."""
         replicas, shards = self.layout.replicas, self.layout.shards
-        demand_fit(self.layout, self.lightning_module.trainer)  # type: ignore[union-attr]
+        trainer: Any = self.lightning_module.trainer  # type: ignore[union-attr]
+        demand_fit(self.layout, trainer)
+        for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+            loop.inference_mode = False  # in which FSDP2 fails to put together what it gathers where shards is 1
         super().setup_environment()
         mesh = init_device_mesh(
             self.root_device.type, (replicas, shards, 1), mesh_dim_names=("replicate", "shard", "tensor_parallel")
@@ -151,4 +154,5 @@ def shard(model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, layout: L
 
 def _own_memory(module: nn.Module, arguments: Any, output: Any) -> Any:
     """FSDP2 gathers for the backward pass when it reaches the output of a unit, which it may miss if that is a view."""
-    return output.clone() if isinstance(output, torch.Tensor) and output._is_view() else output
+    is_view = isinstance(output, torch.Tensor) and output.requires_grad and output._is_view()
+    return output.clone() if is_view else output

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 from lightning import Callback
-from runs import hybrid, train, twenty_steps
 from tiny import TOWER_FROZEN
+from training_runs import hybrid, train, twenty_steps
 
 from callbacks.checkpoint import Checkpoint, canary, saving, snapshot
 from components.errors import RecipeError

@@ -3,13 +3,13 @@
 from collections import Counter
 
 import pytest
-import runs
 import torch
+import training_runs as runs
 from lightning import Callback
-from runs import hybrid, twenty_steps
 from tiny import TOWER_FROZEN, built_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from training_runs import hybrid, twenty_steps
 
 from components.sharding.units import units
 
@@ -39,8 +39,9 @@ class Counting(Callback):
     def __init__(self):
         self.collectives = Collectives()
 
-    def on_train_start(self, trainer, pl_module):
-        self.collectives.__enter__()
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 0:
+            self.collectives.__enter__()
 
     def on_train_end(self, trainer, pl_module):
         self.collectives.__exit__(None, None, None)

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-import runs
+import training_runs as runs
 from lightning import Callback
 from test_two_processes import SHARES, STEPS, Answers, without_a_mask
 from test_two_processes import answers as answers_of_one
@@ -28,7 +28,7 @@ from tiny import (
     weights,
     whole,
 )
-from runs import CURVE_RATES, adapted_model, deal, rank_of, twenty_steps
+from training_runs import CURVE_RATES, adapted_model, deal, rank_of, twenty_steps
 
 from callbacks.checkpoint import Checkpoint
 from callbacks.overview import Overview

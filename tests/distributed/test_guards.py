@@ -11,9 +11,9 @@ import pytest
 import torch
 from lightning import Callback
 from pair import fork
-from runs import deal, hybrid, rank_of
 from test_fsdp1 import FSDP1, whole_weights
 from tiny import ALL, TOWER_FROZEN, Prepared, Record, assert_equal, tiny_document, tiny_model, tiny_trainer, weights
+from training_runs import deal, hybrid, rank_of
 
 from callbacks.checkpoint import Checkpoint
 from callbacks.guards import Guards, HangMinutes

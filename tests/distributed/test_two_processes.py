@@ -7,11 +7,10 @@ from contextlib import redirect_stdout
 from functools import partial
 
 import pytest
-import runs
 import torch
+import training_runs as runs
 from lightning import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
-from runs import adapted_model, deal
 from tiny import (
     ALL,
     DECODER_FROZEN,
@@ -27,6 +26,7 @@ from tiny import (
     weights,
 )
 from torch.distributed.tensor import DTensor
+from training_runs import adapted_model, deal
 
 from callbacks.checkpoint import Checkpoint
 from callbacks.overview import Overview

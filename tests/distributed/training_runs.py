@@ -29,8 +29,8 @@ class AdaptedModel(TinyModel):
         fill(self, seed=1)
 
 
-def adapted_model(rates, **overrides):
-    decoder = HuggingFaceDecoder(LLAMA, WordTokenizer(), lora=LoRA(rank=3, alpha=3.0))
+def adapted_model(rates, dropout=0.0, **overrides):
+    decoder = HuggingFaceDecoder(LLAMA, WordTokenizer(), lora=LoRA(rank=3, alpha=3.0, dropout=dropout))
     model = tiny_model(rates)
     return AdaptedModel(model.vision_tower, model.projector, decoder, rates, **overrides)
 
@@ -107,6 +107,7 @@ def train(
     callbacks: Sequence[Callback] = (),
     make: Callable[..., Any] = tiny_model,
     read: Callable[[Any], dict[str, torch.Tensor]] = weights,
+    ckpt_path: str | None = None,
     **options: Any,
 ) -> Run:
     """A training run with validations on this rank of `ranks`, of the model that `make` makes.
@@ -122,6 +123,7 @@ def train(
         callbacks: Besides the one that records the steps.
         make: Makes the model, before it is built.
         read: Whole weights of the trained model, which may be sharded.
+        ckpt_path: What the run continues from.
         options: Of the Trainer.
     """
     rank = rank_of(ranks)
@@ -130,7 +132,7 @@ def train(
     options = {"limit_val_batches": 1.0, "val_check_interval": len(steps) // 2 * accumulate} | options
     options |= {"devices": ranks, "strategy": strategy(), "gradient_clip_val": clip}
     trainer = tiny_trainer(accumulate, callbacks=[record, *callbacks], **options)
-    trainer.fit(model, datamodule=Prepared(deal(steps, ranks, rank, accumulate), {"other": rows}))
+    trainer.fit(model, datamodule=Prepared(deal(steps, ranks, rank, accumulate), {"other": rows}), ckpt_path=ckpt_path)
     assert trainer.global_step == len(steps)
     losses = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val")}
     return Run(record.steps, losses, read(model))
