@@ -15,7 +15,7 @@ from components.vlm import VisionLanguageModel
 Number = int | float
 
 
-@dataclass(frozen=True, eq=False)  # known by identity, which makes the sums below quick to look up
+@dataclass(frozen=True, eq=False)  # known by identity, which makes sums over them quick to look up
 class Parameter:
     """One tensor of weights.
 
@@ -35,11 +35,6 @@ class Parameter:
     def padded(self, shards: int) -> int:
         """Numbers in it when its rows are filled up to a multiple of `shards`, as FSDP2 holds and sends it."""
         return -(-self.shape[0] // shards) * shards * prod(self.shape[1:])
-
-
-@cache
-def _padded(parameters: tuple[Parameter, ...], shards: int, trained_only: bool) -> int:
-    return sum(parameter.padded(shards) for parameter in parameters if parameter.trained or not trained_only)
 
 
 @dataclass(frozen=True)
@@ -66,13 +61,15 @@ class Unit:
         """Whether it holds what the decoder has outside its blocks, which stays gathered from forward to backward."""
         return self.name == "model"
 
+    @cache  # noqa: B019 - a plan asks for the same few sums thousands of times
     def padded(self, shards: int) -> int:
         """Numbers of an all-gather."""
-        return _padded(self.parameters, shards, False)
+        return sum(parameter.padded(shards) for parameter in self.parameters)
 
+    @cache  # noqa: B019
     def padded_trained(self, shards: int) -> int:
         """Numbers of a reduce-scatter; 0 where nothing trains."""
-        return _padded(self.parameters, shards, True)
+        return self.trained.padded(shards)
 
 
 @dataclass(frozen=True)

@@ -100,12 +100,11 @@ def test_fastest_on_a_slow_network(size, options, expected):
     assert fastest(workload(size), "200Gb/s", **options).schedule == expected
 
 
-@pytest.mark.parametrize("reduce_dtype", ["float32", "bfloat16"])
-def test_hybrid_is_fastest_where_a_slow_network_meets_accumulation(reduce_dtype):
-    work = workload(336, batch=8 * 2048)  # 128 samples on each GPU
-    assert is_hybrid(fastest(work, "200Gb/s", reduce_dtype=reduce_dtype))
-    assert not is_hybrid(fastest(work, "1.6Tb/s", reduce_dtype=reduce_dtype))
-    assert fastest(work, "1.6Tb/s").schedule.accumulation == 8
+def test_hybrid_is_fastest_where_a_slow_network_meets_accumulation():
+    work = workload(336, batch=4 * 2048)  # 64 samples on each GPU
+    assert is_hybrid(fastest(work, "200Gb/s"))
+    assert is_hybrid(fastest(work, "200Gb/s", reduce_dtype="bfloat16"))
+    assert fastest(work, "1.6Tb/s").schedule == schedule(16, 4, activation_checkpointing="selective")
 
 
 def test_a_frozen_decoder_is_not_sharded():
