@@ -161,6 +161,24 @@ def test_a_checkpoint_loads_into_a_whole_model_and_resumes_bitwise(pair, tmp_pat
         assert "these hold NaN or infinite numbers" in message
 
 
+def validated(folder, steps, state):
+    """The weights of that checkpoint on another mesh, which does not train."""
+    trainer = tiny_trainer(devices=4, strategy=fsdp1(2, 2)(), default_root_dir=folder, limit_val_batches=1)
+    trainer.ckpt_path = state
+    model = tiny_model(TOWER_FROZEN)
+    trainer.validate(model, datamodule=Prepared([], {"held_out": deal(steps, 4, rank_of(4), 1)}), verbose=False)
+    return whole_weights(model)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_validated_on_any_mesh(pair, quartet, tmp_path):
+    (tmp_path / RECIPE).write_text("model: tiny\n")
+    steps = twenty_steps(4)[:4]
+    expected = pair.run(saved_run, str(tmp_path), steps)[0].weights
+    for loaded in quartet.run(validated, str(tmp_path), steps, str(checkpoint_folder(tmp_path, 4) / STATE)):
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.items())
+
+
 def probed(param_dtype):
     """What the causality probe says of a live model, what it leaves behind, and what it says of one that is not causal."""
     probe = Probe()
