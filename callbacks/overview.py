@@ -24,14 +24,17 @@ class Overview(Callback):
             count = sum(whole_shape(p).numel() for p in part.parameters())
             trained = sum(whole_shape(p).numel() for p in part.parameters() if p.requires_grad)
             say(f"{name:14}{count:>16,}{trained:>16,}  {'frozen' if rates[name] is None else rates[name]}")
-        storage = str(next(pl_module.parameters()).dtype).removeprefix("torch.")
+        storage = str(next(p for p in pl_module.parameters() if p.requires_grad).dtype).removeprefix("torch.")
         strategy = trainer.strategy
-        if isinstance(strategy, HybridSharding | FullyShardedV1):
-            compute, reduce = str(strategy.layout.param_dtype), str(strategy.layout.reduce_dtype)
+        layout = strategy.layout if isinstance(strategy, HybridSharding | FullyShardedV1) else None
+        if layout is not None:
+            compute, reduce = str(layout.param_dtype), str(layout.reduce_dtype)
         else:
             compute = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}.get(str(trainer.precision), storage)
             reduce = storage
         say(f"compute {compute}, storage {storage}, reduce {reduce}; {trainer.world_size} ranks on {pl_module.device.type}")
+        if layout is not None:
+            say(f"layout {layout.describe()}")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say where the run stands."""

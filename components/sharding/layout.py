@@ -44,6 +44,17 @@ class Layout:
         """Ranks of the run."""
         return self.replicas * self.shards
 
+    def describe(self) -> str:
+        """The mesh, what is computed again, and the options that are not as usual, in one line."""
+        unusual = {
+            "gathered parameters kept until backward": not self.reshard_after_forward,
+            "gradients reduced with the last micro-batch": self.defer_reduce_scatter,
+            "blocks compiled": self.compile_blocks,
+            f"frozen parameters whole in {self.param_dtype}": self.replicate_frozen,
+        }
+        facts = [f"{self.replicas} replicas x {self.shards} shards", f"activation checkpointing {self.activation_checkpointing}"]
+        return ", ".join(facts + [words for words, holds in unusual.items() if holds])
+
 
 def demand_fit(layout: Layout, trainer: Any) -> None:
     """The layout of a strategy can be laid over the ranks of its trainer, and none of its options is without effect there.

@@ -193,3 +193,12 @@ def test_a_layout_that_cannot_be_is_refused(layout, changes, message):
     demand_fit(Layout(2, 4), trainer())
     with pytest.raises(RecipeError, match=message):
         demand_fit(Layout(**{"replicas": 2, "shards": 4, **layout}), trainer(**changes))
+
+
+def test_a_layout_in_one_line():
+    assert Layout(16, 8).describe() == "16 replicas x 8 shards, activation checkpointing none"
+    everything = Layout(1, 8, "bfloat16", "float32", False, True, "full", True, True)
+    assert everything.describe() == (
+        "1 replicas x 8 shards, activation checkpointing full, gathered parameters kept until backward, "
+        "gradients reduced with the last micro-batch, blocks compiled, frozen parameters whole in bfloat16"
+    )

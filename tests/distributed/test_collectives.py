@@ -6,11 +6,12 @@ import pytest
 import torch
 import training_runs as runs
 from lightning import Callback
-from tiny import TOWER_FROZEN, built_model
+from tiny import DECODER_FROZEN, TOWER_FROZEN, built_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from training_runs import hybrid, twenty_steps
 
+from components.sharding import Layout
 from components.sharding.units import units
 
 STEPS = 3
@@ -57,21 +58,39 @@ def padded(parameters, shards):
     return sum(-(-len(parameter) // shards) * shards * parameter[0].numel() for parameter in parameters)
 
 
-def expected(rates, replicas, shards, scattered, gathered_twice):
-    """The counts of a run whose gradients are reduced `scattered` times in a step, and its blocks gathered twice or once."""
-    model, counts = built_model(rates), Counter()
-    for unit in units(model, [block for part in model.parts.values() for block in part.blocks()]):
-        twice = gathered_twice and unit.gradients_flow and unit.module is not model
-        counts["_allgather_base_", padded(unit.parameters, shards)] += STEPS * ACCUMULATE * (2 if twice else 1)
-        if trained := padded([parameter for parameter in unit.parameters if parameter.requires_grad], shards):
-            counts["_reduce_scatter_base_", trained] += STEPS * scattered
-            if replicas > 1:
-                counts["allreduce_", trained // shards] += STEPS
+def expected(rates, mesh, **options):
+    """The counts of a run in a layout."""
+    layout, model, counts = Layout(*mesh, **options), built_model(rates), Counter()
+    blocks = [block for part in model.parts.values() for block in part.blocks()]
+    frozen = {parameter for parameter in model.parameters() if not parameter.requires_grad}
+    for unit in units(model, blocks, frozen if layout.replicate_frozen else ()):
+        twice = layout.reshard_after_forward and unit.gradients_flow and unit.module is not model
+        if gathered := padded(unit.parameters, layout.shards):
+            counts["_allgather_base_", gathered] += STEPS * ACCUMULATE * (2 if twice else 1)
+        if reduced := padded([parameter for parameter in unit.parameters if parameter.requires_grad], layout.shards):
+            counts["_reduce_scatter_base_", reduced] += STEPS * (1 if layout.defer_reduce_scatter else ACCUMULATE)
+            if layout.replicas > 1:
+                counts["allreduce_", reduced // layout.shards] += STEPS
     return counts
 
 
 @pytest.mark.parametrize("deferred", [False, True])
 @pytest.mark.parametrize("mesh", [(2, 2), (1, 4)])
 def test_gradients_cross_the_groups_once_per_optimizer_step(quartet, mesh, deferred):
-    for counts in quartet.run(counted, TOWER_FROZEN, hybrid(*mesh, defer_reduce_scatter=deferred)):
-        assert counts == expected(TOWER_FROZEN, *mesh, 1 if deferred else ACCUMULATE, True)
+    options = {"defer_reduce_scatter": deferred}
+    for counts in quartet.run(counted, TOWER_FROZEN, hybrid(*mesh, **options)):
+        assert counts == expected(TOWER_FROZEN, mesh, **options)
+
+
+@pytest.mark.parametrize(
+    ("rates", "options"),
+    [
+        (TOWER_FROZEN, {"activation_checkpointing": "full"}),  # the pass that computes again gathers nothing
+        (TOWER_FROZEN, {"reshard_after_forward": False}),
+        (DECODER_FROZEN, {}),
+        (DECODER_FROZEN, {"replicate_frozen": True}),
+    ],
+)
+def test_what_a_layout_sends(quartet, rates, options):
+    for counts in quartet.run(counted, rates, hybrid(2, 2, **options)):
+        assert counts == expected(rates, (2, 2), **options)

@@ -215,33 +215,40 @@ class Answers(Callback):
 SHARES = [tiny_documents(), [tiny_document(9), tiny_document(3)]]  # no picture on rank 1
 
 
-def answers(strategy, shares=SHARES, end=2):
+WHOLE = {**FSDP, "replicate_frozen": True, "activation_checkpointing": "full", "reshard_after_forward": False}
+
+
+def answers(strategy, shares=SHARES, end=2, rates=TOWER_FROZEN):
     """What this rank's share of the prompts is answered with along a run."""
     rank = 0 if strategy is None else int(os.environ["LOCAL_RANK"])
     asked = Answers(shares[rank] if strategy else [*shares[0], *shares[1]], end)
     options = {"devices": 2, "strategy": HybridSharding(**strategy)} if strategy else {}
     data = Prepared(micro_batches(1, 2 if strategy else 1, rank))
-    tiny_trainer(callbacks=[asked], **options).fit(tiny_model(TOWER_FROZEN), datamodule=data)
+    tiny_trainer(callbacks=[asked], **options).fit(tiny_model(rates), datamodule=data)
     return asked.answers
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "hybrid"])
-def test_generation_before_and_after_training_steps(pair, strategy):
-    first, second = pair.run(answers, STRATEGIES[strategy])
-    assert [ours + theirs for ours, theirs in zip(first, second, strict=True)] == answers(None)
+@pytest.mark.parametrize("strategy", [FSDP, HYBRID, WHOLE])
+@pytest.mark.parametrize("rates", ["tower_frozen", "decoder_frozen"])
+def test_generation_before_and_after_training_steps(pair, strategy, rates):
+    first, second = pair.run(answers, strategy, SHARES, 2, RATES[rates])
+    assert [ours + theirs for ours, theirs in zip(first, second, strict=True)] == answers(None, rates=RATES[rates])
 
 
-@pytest.mark.parametrize("early", [0, 1])
-def test_a_rank_whose_answers_end_early_takes_part_until_the_other_is_done(pair, early):
+EARLY = [(0, FSDP, "tower_frozen"), (1, FSDP, "tower_frozen"), (0, WHOLE, "decoder_frozen")]
+
+
+@pytest.mark.parametrize(("early", "strategy", "rates"), EARLY)
+def test_a_rank_whose_answers_end_early_takes_part_until_the_other_is_done(pair, early, strategy, rates):
     shares = [[tiny_document(9)], tiny_documents()[:2]]
     shares = shares[::-1] if early else shares
-    before = answers(None, shares)[0]
+    before = answers(None, shares, rates=RATES[rates])[0]
     short, long = (before[-1], before[:-1]) if early else (before[0], before[1:])
     end = short.split()[1]
     assert end not in " ".join(long).split() and all(len(answer.split()) == 6 for answer in long)
-    expected = answers(None, shares, int(end))
+    expected = answers(None, shares, int(end), RATES[rates])
     assert len(expected[0][-1 if early else 0].split()) <= 1
-    first, second = pair.run(answers, FSDP, shares, int(end))
+    first, second = pair.run(answers, strategy, shares, int(end), RATES[rates])
     assert [ours + theirs for ours, theirs in zip(first, second, strict=True)] == expected
 
 
@@ -257,6 +264,7 @@ def first_lines(**options):
 def test_overview_of_a_sharded_run(pair):
     first, second = pair.run(first_lines)
     assert "compute bfloat16, storage float32, reduce float32; 2 ranks on cpu" in first.splitlines()
+    assert "layout 1 replicas x 2 shards, activation checkpointing none" in first.splitlines()
     assert second == ""
 
 
