@@ -1,9 +1,12 @@
 """Guards on two processes: what happens to one of them ends, or spares, both in the same way."""
 
+import contextlib
 import json
 import math
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,15 +14,17 @@ import pytest
 import torch
 from lightning import Callback
 from pair import fork
+from small_recipe import write_recipe
+from test_command import ROOT, sharded_trainer
 from test_fsdp1 import FSDP1, whole_weights
 from tiny import ALL, TOWER_FROZEN, Prepared, Record, assert_equal, tiny_document, tiny_model, tiny_trainer, weights
-from training_runs import deal, hybrid, rank_of
 
 from callbacks.checkpoint import Checkpoint
 from callbacks.guards import Guards, HangMinutes
 from callbacks.guards.preemption import Preempted
 from components.errors import RecipeError
 from components.run_folder import RECIPE, STATE, checkpoint_folder, complete_checkpoints
+from runs import deal, hybrid, rank_of
 
 STRATEGIES = {"ddp": lambda: "ddp", "fsdp": hybrid(1, 2), "fsdp1": FSDP1}
 SECOND = 1 / 60
@@ -298,3 +303,30 @@ def test_guards_talk_less_than_lightning_does_without_them(pair, run):
     guarded, alone = (pair.run(exchanges, str(made(run / name)), name == "guarded") for name in ("guarded", "alone"))
     for with_guards, without in zip(guarded, alone, strict=True):
         assert [ours + 2 for ours in with_guards] == without  # Lightning's broadcast before each of two micro-batches
+
+
+@pytest.mark.slow
+def test_the_command_leaves_no_process_of_its_own_and_the_code_of_a_run_told_to_end(tmp_path):
+    trainer = sharded_trainer() | {"callbacks": [{"class_path": "tests.small_recipe.Diary"}], "enable_progress_bar": False}
+    recipe = write_recipe(tmp_path / "told.yaml", trainer=trainer, data={"global_batch_size": 8}, max_steps=200)
+    environment = {**os.environ, "PYTHONWARNINGS": "", "GLOO_SOCKET_IFNAME": "lo", "PAUSE": "0.1"}
+    command = [sys.executable, str(ROOT / "main.py"), "fit", "--config", str(recipe)]
+    with (tmp_path / "output").open("w+") as output:
+        with subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        ) as process:
+            until = time.monotonic() + 90
+            while not complete_checkpoints(tmp_path / "runs/told") and process.poll() is None and time.monotonic() < until:
+                time.sleep(0.05)
+            process.send_signal(signal.SIGTERM)  # to the first rank alone
+            try:
+                process.wait(60)
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                    pytest.fail("a process was left")
+        output.seek(0)
+        text = output.read()
+    assert process.returncode == 143, text
+    step = int(complete_checkpoints(tmp_path / "runs/told")[-1].name.removeprefix("step_"))
+    assert f"runs/told was told to end at step {step} and is saved at step {step}" in text
