@@ -17,7 +17,7 @@ from components.plan.gather import GPU, Target, facts_of
 from components.plan.render import page, write
 from components.plan.report import Prices, compared, report
 from components.plan.samples import FirstSamples
-from components.plan.simulate import MeanSample, compare, simulate
+from components.plan.simulate import Comparison, MeanSample, compare, simulate
 from components.rebuild import read_checkpoint_recipe, rebuild
 from components.recipe_files import named_recipes
 from components.run_folder import RUNS, complete_checkpoints, run_name
@@ -75,9 +75,12 @@ def main(arguments: list[str]) -> int:
     file = options.page or RUNS / run / PAGE
     write(file, page(run, text, example_of(first, facts.micro_batch)))
     print(f"One training sample as the model reads it: {file}")
+    contradictions = any(finding.severity == "contradiction" for finding in findings)
     if options.simulate:
-        print("\n" + _simulated(recipe.model, facts))
-    return 2 if any(finding.severity == "contradiction" for finding in findings) else 0
+        lines = _simulated(recipe.model, facts)
+        print("\n" + compared(lines))
+        contradictions = contradictions or not all(line.agrees for line in lines)
+    return 2 if contradictions else 0
 
 
 def first_samples(recipe: Any) -> FirstSamples:
@@ -164,7 +167,8 @@ def first_stage(source: str | None, folder: Path, parse: Callable[[list[Path]], 
 # --- simulation
 
 
-def _simulated(model: VisionLanguageModel, facts: Facts) -> str:
+def _simulated(model: VisionLanguageModel, facts: Facts) -> list[Comparison]:
+    """The step of the plan by formula and by simulation, on samples of whole numbers."""
     now = facts.estimate
     if now is None or facts.running.layout is None:
         raise RecipeError(
@@ -184,10 +188,9 @@ def _simulated(model: VisionLanguageModel, facts: Facts) -> str:
     formula = estimate(whole, facts.machine, now.schedule)
     samples = now.schedule.micro_batch * now.schedule.accumulation
     recomputed = whole.recomputed_flops if now.schedule.layout.activation_checkpointing == "full" else 0.0
-    lines = compare(
+    return compare(
         simulate(model, now.schedule, sample, progress=True),
         formula.communication.collectives,
         samples * (whole.flops_per_sample + recomputed),
         (formula.memory.total - formula.memory.allowance) * 2**30,
     )
-    return compared(lines)
