@@ -103,12 +103,14 @@ class Guards(Callback):
             problem = starts.problem(self.max_fruitless_starts) if trainer.is_global_zero else None
             if problem := trainer.strategy.broadcast(problem):
                 raise RecipeError(problem)
+        starts.begin()
         self.run, self.starts = run, starts
         self.longest = longest_timeout(trainer.strategy)
         phases.listen(self._begin)
         phases.enter("start")
         self.watchdog = Watchdog(self.hang_minutes, run, trainer.global_rank, self.samples, starts.hang)
         self.watchdog.start()
+        preemption.end_at_once()
 
     def _begin(self, phase: phases.Phase) -> None:
         """A phase begins. Inside a step no rank waits long for another; elsewhere one may have more to do."""
@@ -126,8 +128,6 @@ class Guards(Callback):
         # Lightning would ask for signals before every micro-batch, and wait for the device each time
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         self.stragglers.meet(trainer)
-        assert self.starts is not None
-        self.starts.begin()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The last step is done."""
@@ -135,19 +135,19 @@ class Guards(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """The run has finished."""
-        self._close(None)
+        self._close(trainer, None)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """The run ends otherwise."""
-        self._close(exception)
+        self._close(trainer, exception)
 
-    def _close(self, exception: BaseException | None) -> None:
+    def _close(self, trainer: Trainer, exception: BaseException | None) -> None:
         if self.watchdog is None:
             return
         self.watchdog.stop()
         self.watchdog = None
         phases.listen(None)
-        preemption.forget()
+        preemption.restore(trainer)
         assert self.starts is not None
         self.starts.end(exception)
 

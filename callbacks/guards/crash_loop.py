@@ -18,8 +18,7 @@ _HOUSE = Path(__file__).parents[2]
 class Starts:
     """Starts and ends of a run in, lines of its `starts.jsonl` out.
 
-    A start is in vain if the run neither finished, nor was told to end, nor met a mistake in recipe or data. It begins with the
-    first step: what fails before has cost little, and the launcher gives up on it.
+    A start is in vain if the run neither finished, nor was told to end, nor met a mistake in recipe or data.
 
     Args:
         run: The run folder.
@@ -33,17 +32,13 @@ class Starts:
         self.step = int(found[-1].name.removeprefix("step_")) if found else 0  # from which the run continues
         self.of = _fingerprint(recipe)
         self.writes = writes
-        self.begun = False
 
     def begin(self) -> None:
-        """The run is about to train."""
-        self.begun = True
+        """The run starts."""
         self._write({"start": self.step, "of": self.of})
 
     def end(self, exception: BaseException | None) -> None:
-        """The run has finished, or ends with an exception. What ends before the first step is no end of what began earlier."""
-        if not self.begun:
-            return
+        """The run has finished, or ends with an exception."""
         if exception is None:
             self._write({"end": "finished"})
         elif isinstance(exception, Preempted):
@@ -56,9 +51,7 @@ class Starts:
             self._write({"failed": f"{type(exception).__name__}: {exception}"[:500]})
 
     def hang(self, phase: str) -> None:
-        """The run is about to be ended, since it hangs; if it has not even begun, the launcher would start it all the same."""
-        if not self.begun:
-            self.begin()
+        """The run is about to be ended, since it hangs."""
         self._write({"failed": f"no progress in phase '{phase}'"})
 
     def problem(self, most: int) -> str | None:

@@ -5,8 +5,10 @@ Source: torch.distributed allows no collective in a signal handler. Differs from
 
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from lightning import Trainer
 from tqdm import tqdm
@@ -25,6 +27,7 @@ class Preempted(SystemExit):
 
 
 _told = False
+_before: dict[int | signal.Signals, Any] = {}
 
 
 def is_told() -> bool:
@@ -32,17 +35,37 @@ def is_told() -> bool:
     return _told
 
 
+def end_at_once() -> None:
+    """From now on a signal ends the run wherever it is: before the first step there is nothing to save."""
+    if not _before and threading.current_thread() is threading.main_thread():  # no other may handle signals
+        _before.update({number: signal.getsignal(number) for number in SIGNALS})
+        _handle(_end)
+
+
 def listen() -> None:
-    """From now on a signal only leaves a note. Lightning has set its handlers before, and will restore those before them."""
-    if threading.current_thread() is threading.main_thread():  # no other may
-        for number in SIGNALS:
-            signal.signal(number, _note)
+    """From now on a signal only leaves a note: the ranks are in the middle of something, and must agree on where to end."""
+    if _before:
+        _handle(_note)
 
 
-def forget() -> None:
-    """The run is over; this process may begin another."""
+def restore(trainer: Trainer) -> None:
+    """The run is over: signals do what they did before it."""
     global _told
     _told = False
+    if trainer._signal_connector._original_handlers:  # Lightning restores, after an error, what it has found
+        trainer._signal_connector._original_handlers.update(_before)
+    for number, handler in _before.items():
+        signal.signal(number, handler)
+    _before.clear()
+
+
+def _handle(handler: Callable[[int, FrameType | None], None]) -> None:
+    for number in SIGNALS:
+        signal.signal(number, handler)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    raise Preempted
 
 
 def _note(number: int, frame: FrameType | None) -> None:

@@ -69,10 +69,10 @@ def test_starts_that_end_for_a_reason_are_no_loop(well: BaseException | None, st
 
 def test_kills_and_hangs_leave_starts_in_vain(starts: Callable[..., Starts], tmp_path: Path) -> None:
     starts().begin()  # and it is killed
-    starts().hang("start")  # before it has begun
-    begun = starts()
-    begun.begin()
-    begun.hang("step")
+    for phase in ("start", "step"):
+        start = starts()
+        start.begin()
+        start.hang(phase)
     with (tmp_path / "starts.jsonl").open("a") as file:
         file.write('{"start": 2, "of')  # torn
     problem = starts().problem(3)
@@ -80,13 +80,6 @@ def test_kills_and_hangs_leave_starts_in_vain(starts: Callable[..., Starts], tmp
     assert starts().problem(4) is None
     assert starts(step=4).problem(3) is None
     assert starts(recipe="another").problem(3) is None
-
-
-def test_what_ends_before_the_first_step_says_nothing_of_earlier_starts(starts: Callable[..., Starts]) -> None:
-    for _ in range(3):
-        starts().begin()
-    starts().end(RecipeError("a typo"))
-    assert starts().problem(3) is not None
 
 
 def test_a_mistake_that_one_rank_alone_has_met_is_written_by_it(starts: Callable[..., Starts], tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
-"""A run that is told to end while benchmarks are asked ends between two batches of questions, and asks again when it continues."""
+"""A run that is told to end while it loads or asks benchmarks; in the midst of steps: tests/test_resume.py."""
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -11,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from callbacks.validation.asking import Prompts
 from components.run_folder import complete_checkpoints
+from components.vlm import VisionLanguageModel
 
 BENCHMARK = {
     "class_path": "components.benchmarks.ShapesWorld",
@@ -71,3 +73,16 @@ def test_told_to_end_in_a_validation(
         assert answers.exists()  # it is asked again
     else:
         assert "Not every benchmark was asked at its end" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGUSR1])
+def test_told_to_end_before_the_first_step(by: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    monkeypatch.setattr(VisionLanguageModel, "configure_model", lambda self: os.kill(os.getpid(), by))
+    with pytest.raises(SystemExit) as exit_:
+        fit(write_recipe(tmp_path / "told.yaml", trainer={"enable_progress_bar": False}))
+    assert exit_.value.code == 143
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == handlers
+    lines = [json.loads(line) for line in Path("runs/told/starts.jsonl").read_text().splitlines()]
+    assert [line.get("end") for line in lines] == [None, "told to end"]
