@@ -25,7 +25,7 @@ class Layout:
         reshard_after_forward: Whether a block's gathered parameters are freed after forward, and gathered again for backward.
         defer_reduce_scatter: Whether gradients stay whole on every rank until the last micro-batch of an optimizer step.
         activation_checkpointing: What of a block is computed again in the backward pass: nothing, some, or all.
-        compile_blocks: Whether each block is compiled.
+        compile_blocks: Whether each block that a backward pass goes through is compiled.
         replicate_frozen: Whether parameters that do not train are held whole, in `param_dtype`, by every rank.
     """
 

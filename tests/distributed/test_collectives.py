@@ -20,17 +20,19 @@ SMALL = 64  # sums over the ranks, such as the loss, are smaller than any unit
 
 
 class Collectives(TorchDispatchMode):
-    """Counts collectives by their kind and the elements of the larger side."""
+    """Counts collectives by their kind and the elements of the larger side; and the number formats of each kind."""
 
     def __init__(self):
         super().__init__()
-        self.counts = Counter()
+        self.counts, self.formats = Counter(), set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "c10d":
-            elements = max((leaf.numel() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)), default=0)
+            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+            elements = max((tensor.numel() for tensor in tensors), default=0)
             if elements > SMALL:
                 self.counts[func.overloadpacket.__name__, elements] += 1
+                self.formats.update((func.overloadpacket.__name__, tensor.dtype) for tensor in tensors)
         return func(*args, **(kwargs or {}))
 
 
@@ -51,7 +53,7 @@ class Counting(Callback):
 def counted(rates, strategy):
     counting = Counting()
     runs.train(rates, twenty_steps()[:STEPS], (), 4, strategy, ACCUMULATE, callbacks=[counting], limit_val_batches=0)
-    return counting.collectives.counts
+    return counting.collectives.counts, counting.collectives.formats
 
 
 def padded(parameters, shards):
@@ -78,7 +80,7 @@ def expected(rates, mesh, **options):
 @pytest.mark.parametrize("mesh", [(2, 2), (1, 4)])
 def test_gradients_cross_the_groups_once_per_optimizer_step(quartet, mesh, deferred):
     options = {"defer_reduce_scatter": deferred}
-    for counts in quartet.run(counted, TOWER_FROZEN, hybrid(*mesh, **options)):
+    for counts, _ in quartet.run(counted, TOWER_FROZEN, hybrid(*mesh, **options)):
         assert counts == expected(TOWER_FROZEN, mesh, **options)
 
 
@@ -92,5 +94,16 @@ def test_gradients_cross_the_groups_once_per_optimizer_step(quartet, mesh, defer
     ],
 )
 def test_what_a_layout_sends(quartet, rates, options):
-    for counts in quartet.run(counted, rates, hybrid(2, 2, **options)):
+    for counts, _ in quartet.run(counted, rates, hybrid(2, 2, **options)):
         assert counts == expected(rates, (2, 2), **options)
+
+
+@pytest.mark.parametrize("reduce_dtype", [torch.float32, torch.bfloat16])
+def test_number_formats(quartet, reduce_dtype):
+    strategy = hybrid(2, 2, param_dtype="bfloat16", reduce_dtype=str(reduce_dtype).removeprefix("torch."))
+    for _, formats in quartet.run(counted, TOWER_FROZEN, strategy):
+        assert formats == {
+            ("_allgather_base_", torch.bfloat16),
+            ("_reduce_scatter_base_", reduce_dtype),
+            ("allreduce_", reduce_dtype),
+        }

@@ -1,12 +1,14 @@
 """Every option of a layout, alone, on a hybrid mesh of two replicas and two shards: the run is what it is without the option."""
 
 import functools
+import math
 from functools import partial
 
 import pytest
 import torch
 import training_runs as runs
 from lightning import Callback
+from test_two_processes import STEPS as WITHOUT_TARGETS
 from tiny import ALL, DECODER_FROZEN, Prepared, tiny_batch, tiny_model, tiny_trainer
 from training_runs import CURVE_RATES, adapted_model, hybrid, twenty_steps
 
@@ -59,19 +61,20 @@ def test_an_option_changes_no_bit(quartet, trained, options):
         assert bool(halves) == bool(options.get("replicate_frozen"))
 
 
-@pytest.mark.parametrize("mesh", [(2, 2), (1, 4)])
-def test_deferred_reduction(quartet, mesh):
+@pytest.mark.parametrize(("mesh", "steps"), [((2, 2), STEPS), ((1, 4), STEPS), ((1, 2), WITHOUT_TARGETS)])
+def test_deferred_reduction(request, mesh, steps):
     """The micro-batches are added up in another order, so that bits may change."""
-    expected = runs.train(CURVE_RATES, STEPS, clip=0.3)
-    for run in quartet.run(deferred, mesh):
+    processes = request.getfixturevalue("pair" if mesh == (1, 2) else "quartet")
+    expected = runs.train(CURVE_RATES, steps, clip=0.3)
+    for run in processes.run(deferred, mesh, steps):
         for name in ("train/loss", "norm/gradient"):
             assert run.series(name) == pytest.approx(expected.series(name), rel=1e-5), name
         assert run.validation == pytest.approx(expected.validation, rel=1e-5)
 
 
-def deferred(mesh):
+def deferred(mesh, steps):
     strategy = hybrid(*mesh, defer_reduce_scatter=True)
-    return runs.train(CURVE_RATES, STEPS, ranks=4, strategy=strategy, accumulate=2, clip=0.3)
+    return runs.train(CURVE_RATES, steps, ranks=math.prod(mesh), strategy=strategy, accumulate=2, clip=0.3)
 
 
 class Saving(Callback):
@@ -105,6 +108,32 @@ def test_a_run_continues_in_another_layout(quartet, tmp_path, before, after):
         for name in ("train/loss", "norm/gradient"):
             assert run.series(name) == expected.series(name)[2:]
         assert_same_weights(run.weights, expected.weights)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recomputed", ["none", "full"])
+def test_compiled_blocks(pair, recomputed):
+    expected = runs.train(CURVE_RATES, STEPS, clip=0.3)
+    for run, graphs in pair.run(compiled, recomputed, seconds=240):
+        assert graphs > 0
+        for name in ("train/loss", "norm/gradient"):
+            assert run.series(name) == pytest.approx(expected.series(name), rel=1e-5), name
+        assert run.validation == pytest.approx(expected.validation, rel=1e-5)
+        assert run.weights.keys() == expected.weights.keys()
+
+
+def compiled(recomputed):
+    """A run with compiled blocks, by a compiler that needs none of the machine's, and how many graphs it has compiled."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    strategy = hybrid(1, 2, compile_blocks=True, activation_checkpointing=recomputed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+        run = runs.train(CURVE_RATES, STEPS, ranks=2, strategy=strategy, accumulate=2, clip=0.3)
+    assert not counters["recompile_limit"]
+    return run, counters["stats"]["unique_graphs"]
 
 
 def test_the_loss_of_a_validation_alone(pair):
