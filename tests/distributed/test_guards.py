@@ -18,13 +18,13 @@ from small_recipe import write_recipe
 from test_command import ROOT, sharded_trainer
 from test_fsdp1 import FSDP1, whole_weights
 from tiny import ALL, TOWER_FROZEN, Prepared, Record, assert_equal, tiny_document, tiny_model, tiny_trainer, weights
+from training_runs import deal, hybrid, rank_of
 
 from callbacks.checkpoint import Checkpoint
 from callbacks.guards import Guards, HangMinutes
 from callbacks.guards.preemption import Preempted
 from components.errors import RecipeError
 from components.run_folder import RECIPE, STATE, checkpoint_folder, complete_checkpoints
-from runs import deal, hybrid, rank_of
 
 STRATEGIES = {"ddp": lambda: "ddp", "fsdp": hybrid(1, 2), "fsdp1": FSDP1}
 SECOND = 1 / 60
