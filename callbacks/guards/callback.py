@@ -98,7 +98,7 @@ class Guards(Callback):
         if stage != "fit":
             return
         run = Path(trainer.log_dir or ".")  # log_dir talks to all ranks
-        starts = Starts(run, self.recipe, trainer.is_global_zero)
+        starts = Starts(run, self.recipe, trainer.is_global_zero, trainer.world_size == 1)
         if self.max_fruitless_starts is not None:
             problem = starts.problem(self.max_fruitless_starts) if trainer.is_global_zero else None
             if problem := trainer.strategy.broadcast(problem):
@@ -165,6 +165,7 @@ class Guards(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Between two optimizer steps, ask every guard; the last word has who was told to end."""
         self.samples.take(batch, outputs["loss"])
+        phases.get_on()
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self._end_step(trainer, pl_module)
         self.waiting_since = time.monotonic()
@@ -191,7 +192,6 @@ class Guards(Callback):
             preemption.save_and_end(trainer)
 
     def _count_time(self) -> None:
-        phases.get_on()
         seconds = time.monotonic() - self.mark
         self.mark += seconds
         self.productive += seconds

@@ -18,20 +18,23 @@ _HOUSE = Path(__file__).parents[2]
 class Starts:
     """Starts and ends of a run in, lines of its `starts.jsonl` out.
 
-    A start is in vain if the run neither finished, nor was told to end, nor met a mistake in recipe or data.
+    A start is in vain if the run neither finished, nor was told to end, nor was a single process that met a mistake in recipe or
+    data. Of several ranks one may meet a mistake alone; the others then end otherwise, and the launcher starts them again.
 
     Args:
         run: The run folder.
         recipe: What is run, resolved.
         writes: Whether this is the rank that writes.
+        is_alone: Whether there is no other rank.
     """
 
-    def __init__(self, run: Path, recipe: str, writes: bool) -> None:
+    def __init__(self, run: Path, recipe: str, writes: bool, is_alone: bool) -> None:
         self.file = run / FILE
         found = complete_checkpoints(run) if writes else []
         self.step = int(found[-1].name.removeprefix("step_")) if found else 0  # from which the run continues
         self.of = _fingerprint(recipe)
         self.writes = writes
+        self.is_alone = is_alone
 
     def begin(self) -> None:
         """The run starts."""
@@ -46,7 +49,8 @@ class Starts:
         elif isinstance(exception, KeyboardInterrupt):
             self._write({"end": "interrupted"})
         elif isinstance(exception, RecipeError):
-            self._write({"end": "mistake", "error": str(exception).splitlines()[0]}, any_rank=True)  # one may have met it alone
+            told = {"error": str(exception).splitlines()[0]}
+            self._write({"end": "mistake", **told} if self.is_alone else {"failed": "mistake", **told}, any_rank=True)
         else:
             self._write({"failed": f"{type(exception).__name__}: {exception}"[:500]})
 

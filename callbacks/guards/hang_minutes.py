@@ -10,8 +10,8 @@ class HangMinutes:
     """Minutes without progress after which a process counts as hanging, > 0; null: never.
 
     Args:
-        start: From the model's construction to the end of the first optimizer step.
-        step: An optimizer step, unless ten times the median of the last steps is more.
+        start: From the model's construction to the end of the first micro-batch, and each other one of the first optimizer step.
+        step: A micro-batch, unless ten times the median of the last optimizer steps is more.
         validation: A batch of a validation.
         checkpoint: The writing of a checkpoint.
         end: What comes after the last step, besides validation and checkpoint.

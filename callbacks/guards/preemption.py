@@ -65,6 +65,7 @@ def _handle(handler: Callable[[int, FrameType | None], None]) -> None:
 
 
 def _end(number: int, frame: FrameType | None) -> None:
+    _note(number, frame)  # Python may be where it prints an exception and goes on, as in a finalizer
     raise Preempted
 
 

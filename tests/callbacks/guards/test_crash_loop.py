@@ -47,9 +47,9 @@ def test_a_crash_loop_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Starts]:
     """A start in a folder, from a step on."""
 
-    def start(step: int = 2, recipe: str = "a recipe", writes: bool = True) -> Starts:
+    def start(step: int = 2, recipe: str = "a recipe", writes: bool = True, is_alone: bool = True) -> Starts:
         monkeypatch.setattr("callbacks.guards.crash_loop.complete_checkpoints", lambda run: [checkpoint_folder(run, step)])
-        return Starts(tmp_path, recipe, writes)
+        return Starts(tmp_path, recipe, writes, is_alone)
 
     return start
 
@@ -82,10 +82,17 @@ def test_kills_and_hangs_leave_starts_in_vain(starts: Callable[..., Starts], tmp
     assert starts(recipe="another").problem(3) is None
 
 
-def test_a_mistake_that_one_rank_alone_has_met_is_written_by_it(starts: Callable[..., Starts], tmp_path: Path) -> None:
-    for end in (RuntimeError("x"), RecipeError("a sample is broken")):
-        other = starts(writes=False)
+def test_a_mistake_that_one_rank_alone_has_met_is_written_by_it_and_is_in_vain(
+    starts: Callable[..., Starts], tmp_path: Path
+) -> None:
+    for _ in range(3):  # a requeued job meets the same broken sample again and again
+        assert starts(is_alone=False).problem(3) is None
+        first, other = (starts(writes=writes, is_alone=False) for writes in (True, False))
+        first.begin()
         other.begin()
-        other.end(end)
-    entries = [json.loads(line) for line in (tmp_path / "starts.jsonl").read_text().splitlines()]
-    assert [(entry["end"], entry["error"]) for entry in entries] == [("mistake", "a sample is broken")]
+        other.end(RecipeError("a sample is broken"))
+        first.hang("step")
+    lines = (tmp_path / "starts.jsonl").read_text().splitlines()
+    assert [set(json.loads(line)) - {"time", "of"} for line in lines[:3]] == [{"start"}, {"failed", "error"}, {"failed"}]
+    problem = starts(is_alone=False).problem(3)
+    assert problem is not None and "a sample is broken" in problem

@@ -5,13 +5,17 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from lightning import Callback
+from tiny import Prepared, tiny_document, tiny_model, tiny_trainer
 
-from callbacks.guards import HangMinutes
+from callbacks.guards import Guards, HangMinutes
 from callbacks.guards.records import Samples
 from callbacks.guards.watchdog import EXIT_CODE, Watchdog
 from components import phases
+from components.batch import pack
 from components.errors import RecipeError
 
 SECOND = 1 / 60
@@ -103,6 +107,22 @@ def test_a_process_that_was_stopped_for_a_while_does_not_hang(
     dog.over.set()
     dog.join()
     assert not ended.codes
+
+
+def test_every_micro_batch_is_progress(tmp_path: Path) -> None:
+    class Clock(Callback):
+        def __init__(self) -> None:
+            self.stamps: list[Any] = []
+
+        def on_train_batch_start(self, *arguments: Any) -> None:
+            self.stamps.append(phases._now)
+
+    clock = Clock()
+    batches = [pack([tiny_document(5 + number, (1,), number)]) for number in range(6)]
+    trainer = tiny_trainer(3, callbacks=[Guards(), clock], default_root_dir=tmp_path)
+    trainer.fit(tiny_model(), datamodule=Prepared(batches))
+    assert [name for name, _ in clock.stamps] == ["start"] * 3 + ["step"] * 3
+    assert len(set(clock.stamps)) == 6
 
 
 @pytest.mark.parametrize("phase", ["start", "step", "validation", "checkpoint", "end"])
