@@ -1,5 +1,6 @@
 """`python main.py plan`: what a recipe will cost and where it contradicts itself, in seconds, without weights, GPU or network."""
 
+import sys
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable
 from pathlib import Path
@@ -103,11 +104,11 @@ def first_samples(recipe: Any) -> FirstSamples:
 # --- options
 
 
-def _positive(kind: Callable[[str], Any], most: float | None = None) -> Callable[[str], Any]:
+def _positive(kind: Callable[[str], Any], most: float = sys.float_info.max) -> Callable[[str], Any]:
     def read(text: str) -> Any:
         number = kind(text)
-        if number <= 0 or (most is not None and number > most):
-            raise ArgumentTypeError(f"{text} must be above 0{f' and at most {most:g}' if most else ''}")
+        if not 0 < number <= most:
+            raise ArgumentTypeError(f"{text} must be above 0{f' and at most {most:g}' if most < sys.float_info.max else ''}")
         return number
 
     read.__name__ = kind.__name__
