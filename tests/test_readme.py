@@ -28,7 +28,7 @@ TO_THEIR_EDGE = {
     "vllm serve": "needs vLLM and a GPU; that the named template is written is tested with the exports",
     "tensorboard --logdir runs/quickstart": "serves until stopped; here it is asked for its help",
     "torchrun --nproc_per_node 8": "needs 8 GPUs; the command behind it is resolved",
-    "srun python main.py fit": "needs a cluster; the script is read by bash -n and the command behind it resolved",
+    "main.py plan": "run, and compared with what is shown; without --simulate, which tests/components/plan shows",
     "recipes/meta_llava_13b": "needs a cluster; resolved",
     "recipes/llava15": "needs GPUs and data; resolved",
     "recipes/shapes_world_exam": "20 minutes; resolved here, run for the table",
@@ -90,7 +90,7 @@ def test_cluster_script_is_bash():
 
 
 def test_yaml_blocks_are_parts_of_recipes():
-    sections = {"seed_everything", "max_steps", "trainer", "model", "data", "warmup", "checkpoint", "validation"}
+    sections = {"seed_everything", "max_steps", "trainer", "model", "data", "warmup", "checkpoint", "validation", "guards"}
     blocks = [yaml.safe_load(text) for _, language, text in BLOCKS if language == "yaml"]
     assert len(blocks) >= 4
     for block in blocks:
@@ -116,18 +116,44 @@ def test_recipe_block_resolves(tmp_path, monkeypatch, capsys):
     assert yaml.safe_load(capsys.readouterr().out)["data"]["global_batch_size"] == 256
 
 
-def test_validation_block_resolves_over_a_recipe(tmp_path, capsys):
-    block = block_with("monitor: gqa_partial/accuracy").replace("benchmark/", f"{ROOT}/recipes/benchmark/")
+@pytest.mark.parametrize(
+    ("words", "recipe"),
+    [
+        ("monitor: gqa_partial/accuracy", "llava15_7b_finetune"),
+        ("max_skipped_steps", "llava15_7b_finetune"),
+        ("shards: 128", "meta_llava_13b_pretrain"),
+    ],
+)
+def test_overlay_blocks_resolve_over_a_recipe(words, recipe, tmp_path, capsys):
+    block = block_with(words).replace("benchmark/", f"{ROOT}/recipes/benchmark/")
     (tmp_path / "overlay.yaml").write_text(block)
     with pytest.raises(SystemExit) as end:
-        recipe = str(ROOT / "recipes/llava15_7b_finetune.yaml")
+        recipe = str(ROOT / f"recipes/{recipe}.yaml")
         main.main(["fit", "--config", recipe, "--config", str(tmp_path / "overlay.yaml"), "--print_config"])
     assert end.value.code == 0
-    resolved = yaml.safe_load(capsys.readouterr().out)
-    stated = yaml.safe_load(block)
-    assert set(resolved["validation"].pop("benchmarks")) == set(stated["validation"].pop("benchmarks"))
-    for section, values in stated.items():
-        assert values.items() <= resolved[section].items()
+    resolved, stated = yaml.safe_load(capsys.readouterr().out), yaml.safe_load(block)
+    if "validation" in stated:
+        assert set(resolved["validation"].pop("benchmarks")) == set(stated["validation"].pop("benchmarks"))
+    assert_holds(resolved, stated)
+
+
+def assert_holds(resolved, stated):
+    for key, value in stated.items():
+        if isinstance(value, dict):
+            assert_holds(resolved[key], value)
+        else:
+            assert resolved[key] == value, key
+
+
+def test_plans_are_as_shown(tmp_path, monkeypatch, capsys):
+    commands = [line for line in bash_lines() if "main.py plan" in line]
+    assert len(commands) == 3
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        assert main.main(shlex.split(command.replace("recipes/", f"{ROOT}/recipes/"))[2:]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    shown = [line for line in block_with("292,969 x 2,048 samples").splitlines() if line]
+    assert [line for line in shown if line not in printed] == []
 
 
 @pytest.mark.parametrize("command", ["ask", "import", "export", "score", "compare"])
