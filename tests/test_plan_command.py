@@ -97,6 +97,7 @@ READ = {
     "a frozen projector": ({"model": {"learning_rates": {"projector": None}}}, {"random_and_frozen"}),
     "no workers": ({"data": {"num_workers": 0}}, {"workers"}),
     "no checkpoint": ({"checkpoint": {"every_n_steps": None}}, {"unsaved"}),
+    "other lengths than stated": ({"plan": {"text_tokens": 200}}, {"stated_lengths"}),
     "a long warmup": ({"warmup": {"steps": 4}}, {"warmup"}),
     "devices of a list": ({"trainer": {"devices": [0, 1, 2]}, "data": {"global_batch_size": 32}}, {"global_batch"}),
 }
@@ -166,13 +167,14 @@ def test_a_recipe_for_a_laptop(plan, tmp_path):
     code, report, _ = plan("--config", write_recipe(tmp_path / "small.yaml"), "--page", "deep/down/page.html")
     assert code == 0 and "no findings" in report
     assert "4 x 4 samples = 16" in report and "mean of the first 64 samples" in report
-    assert "TFLOP" in report and "GiB" not in report and "days" not in report.replace("days are not planned", "")
+    assert "MFLOP" in report and "GiB" not in report and "days" not in report.replace("days are not planned", "")
     assert "deep/down/page.html" in report and Path("deep/down/page.html").is_file()
     assert not Path("runs").exists()
     _, report, _ = plan("--config", write_recipe(tmp_path / "small.yaml"), "--gpu", "a100-40gb")
     assert "a GPU has 39.4" in report and "(precision)" in report
 
 
+@pytest.mark.slow
 def test_formulas_and_a_simulated_rank_agree(plan, tmp_path):
     sharding = {"class_path": "components.sharding.HybridSharding", "init_args": {"replicas": 2, "shards": 2}}
     trainer = {"accelerator": "gpu", "devices": 2, "num_nodes": 2, "accumulate_grad_batches": 3, "strategy": sharding}
@@ -207,17 +209,17 @@ def test_a_first_stage_with_other_pictures(plan, tmp_path):
 
 def test_fit_takes_the_lengths_and_ignores_them(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    recipe = write_recipe(tmp_path / "small.yaml", plan={"text_tokens": 50, "supervised_tokens": 20})
+    recipe = write_recipe(tmp_path / "small.yaml", plan={"text_tokens": 30, "supervised_tokens": 20})
     with pytest.raises(SystemExit) as end:
         main.main(["fit", "--config", str(recipe), "--print_config"])
     assert end.value.code == 0
     assert yaml.safe_load(capsys.readouterr().out)["plan"] == {
-        "text_tokens": 50,
+        "text_tokens": 30,
         "supervised_tokens": 20,
         "images_per_sample": None,
     }
     assert main.main(["plan", "--config", str(recipe)]) == 0
-    assert "50 text, of which 20 supervised; as the section plan states it" in capsys.readouterr().out
+    assert "30 text, of which 20 supervised; as the section plan states it" in capsys.readouterr().out
 
 
 MISTAKES = {
@@ -247,6 +249,8 @@ def test_a_mistake_is_told_as_fit_tells_it(mistake, plan, tmp_path, capsys):
     [
         (("--nodes", "0"), "0 must be above 0"),
         (("--mfu", "1.5"), "at most 1"),
+        (("--mfu", "nan"), "at most 1"),
+        (("--price-per-gpu-hour", "inf"), "above 0"),
         (("--gpu", "v100"), "a100-80gb"),
         (("--interconnect", "fast"), "is no rate"),
         (("--nods", "3"), "unrecognized arguments: --nods"),

@@ -26,7 +26,8 @@ class Example:
 
     Args:
         sample: As the data have it.
-        documents: The documents of its micro-batch; the first one is the sample's.
+        documents: The first documents of a micro-batch; the sample's before the others.
+        micro_batch: Documents of the whole micro-batch.
         preparation: How they were prepared.
         tokenizer: What split the text.
         layout: What the model expects.
@@ -35,6 +36,7 @@ class Example:
 
     sample: Sample
     documents: list[Document]
+    micro_batch: int
     preparation: Preparation
     tokenizer: PreTrainedTokenizerBase
     layout: SampleFormat
@@ -70,7 +72,7 @@ def example_of(first: FirstSamples, micro_batch: int) -> Example:
         shown = next((number for number, (sample, _) in enumerate(first.prepared) if sample.images), 0)
         order = [shown, *(number for number in range(len(first.prepared)) if number != shown)]
         documents = [first.prepared[number][1] for number in order[: min(micro_batch, MAX_DOCUMENTS)]]
-        return Example(first.prepared[shown][0], documents, preparation, first.tokenizer, layout, [])
+        return Example(first.prepared[shown][0], documents, micro_batch, preparation, first.tokenizer, layout, [])
     remarks = []
     tokenizer = first.tokenizer
     if tokenizer is None:
@@ -82,14 +84,14 @@ def example_of(first: FirstSamples, micro_batch: int) -> Example:
     if sample := first.any_sample():
         try:
             document = preparation.document(sample, tokenizer, layout)
-            return Example(sample, [document], preparation, tokenizer, layout, remarks)
+            return Example(sample, [document], micro_batch, preparation, tokenizer, layout, remarks)
         except BadSample:  # many bytes, each a token
             pass
     remarks.insert(0, "no sample of the data is on this machine: the program has drawn a scene")
     drawn = [_scene(number, layout.image_size) for number in range(min(micro_batch, MAX_DOCUMENTS))]
     longer = Preparation(preparation.template, preparation.decoding, preparation.image_mode, max_length=10**6)
     documents = [longer.document(sample, tokenizer, layout) for sample in drawn]
-    return Example(drawn[0], documents, preparation, tokenizer, layout, remarks)
+    return Example(drawn[0], documents, micro_batch, preparation, tokenizer, layout, remarks)
 
 
 def _scene(number: int, image_size: int) -> Sample:

@@ -119,7 +119,8 @@ class Facts:
         workers: Processes that prepare batches, of each rank.
         shares: Its sources.
         lengths: The mean sample, or None.
-        measured: Samples that were prepared for it.
+        measured: Samples that were prepared here.
+        measured_text: Text tokens of their mean.
         truncated: How many of them lost their last turns.
         bad: Why others could not be prepared.
         first_stage: The run it starts from, where its recipe is at hand.
@@ -144,6 +145,7 @@ class Facts:
     shares: tuple[Share, ...]
     lengths: Lengths | None
     measured: int = 0
+    measured_text: float = 0.0
     truncated: int = 0
     bad: tuple[str, ...] = ()
     first_stage: FirstStage | None = None

@@ -14,6 +14,8 @@ FEW = 0.05
 """Share of the samples that may lose their last turns without a word."""
 FAR = 2
 """How many times too rare checkpoints are at least: what they cost is flat around the best interval."""
+OTHERWISE = 1.25
+"""Ratio from which on the stated length of a sample is not that of the first samples."""
 INSTEAD = "Take components.sharding.HybridSharding, as recipes/trainer/fsdp_8xa100.yaml does."
 
 Severity = Literal["contradiction", "finding"]
@@ -95,6 +97,17 @@ def lengths(facts: Facts) -> str | None:
     return (
         "the length of a sample is not known here, and with it tokens, FLOPs, memory and days are not: the data or the tokenizer "
         "are elsewhere. State it in the recipe, such as plan: {text_tokens: 64}."
+    )
+
+
+def stated_lengths(facts: Facts) -> str | None:
+    """The recipe says otherwise of its samples than they themselves."""
+    known, measured = facts.lengths, facts.measured_text
+    if known is None or not measured or max(known.text_tokens / measured, measured / known.text_tokens) < OTHERWISE:
+        return None
+    return (
+        f"plan.text_tokens is {known.text_tokens:g}, but the first {facts.measured} samples have {measured:.0f} on average. "
+        "Correct it, or remove the section plan: then they are measured."
     )
 
 
@@ -255,6 +268,7 @@ FINDINGS = (
     accumulation,
     schedule,
     lengths,
+    stated_lengths,
     max_length,
     bad_samples,
     epochs,

@@ -134,11 +134,11 @@ def _packed(example: Example) -> str:
             first, counts[kind] = "", counts[kind] + end - start
         cells = [len(document.input_ids), *(counts[kind] for kind in (VISUAL, SUPERVISED, CONTEXT)), len(document.pixels)]
         rows.append(f"<tr><td>{_escape(document.sample_id)}</td>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    heads = "".join(f"<th>{head}</th>" for head in ("document", "tokens", "visual", "supervised", "read", "pictures"))
+    heads = "".join(f"<th>{head}</th>" for head in ("document", "tokens", "visual", "supervised", "only read", "pictures"))
     ends = ", ".join(str(end) for end in batch.cumulative_lengths.tolist())
     text = (
-        f"{len(example.documents)} documents end to end, {batch.num_tokens} tokens, no padding; the loss is taken on "
-        f"{len(batch.targets)} positions. Attention stays between the edges {ends}."
+        f"The first {len(example.documents)} of {example.micro_batch} documents, end to end: {batch.num_tokens} tokens, unpadded. "
+        f"Loss on {len(batch.targets)} positions. Attention stays between the edges {ends}."
     )
     return f'<p>{_escape(text)}</p><div class="row">{"".join(strips)}</div><table><tr>{heads}</tr>{"".join(rows)}</table>'
 

@@ -13,7 +13,6 @@ from components.plan.simulate import Comparison
 
 POWER_USAGE = 1.1
 """Power of a computing center for each watt of its GPUs: an estimate."""
-_TERA = 1e12
 _WIDTH = 120
 
 
@@ -65,10 +64,14 @@ def compared(lines: list[Comparison]) -> str:
 
 def _summary(facts: Facts) -> list[str]:
     work, running = facts.workload, facts.running
+    ranks = "1 rank" if running.ranks == 1 else f"{running.ranks} ranks"
     share = f"{facts.warmup_steps / work.max_steps:.1%}"
     rows = [
         ("steps", f"{work.max_steps:,} x {work.global_batch_size:,} samples = {work.samples:,}"),
-        ("batch", f"{running.ranks} ranks x {facts.micro_batch} in a micro-batch x {running.accumulation} accumulated"),
+        (
+            "batch",
+            f"{ranks} x {facts.micro_batch} in a micro-batch x {running.accumulation} accumulated",
+        ),
         ("warmup", f"{facts.warmup_steps:,} steps, {share} of the run, then a cosine to {facts.floor:g} of the peak"),
         (
             "pictures",
@@ -138,10 +141,11 @@ def _sources(facts: Facts) -> list[str]:
 
 def _flops(facts: Facts) -> list[str]:
     work = facts.workload
-    cells = [["", "TFLOP a sample", "TFLOP a step", "share"]]
+    unit, scale = ("TFLOP", 1e12) if work.flops_per_sample > 1e10 else ("MFLOP", 1e6)
+    cells = [["", f"{unit} a sample", f"{unit} a step", "share"]]
     for name, flops in [*work.flops.items(), ("all", work.flops_per_sample)]:
-        step = flops * work.global_batch_size / _TERA
-        cells.append([name, _number(flops / _TERA), _number(step), f"{flops / work.flops_per_sample:.1%}"])
+        step = flops * work.global_batch_size
+        cells.append([name, _number(flops / scale), _number(step / scale), f"{flops / work.flops_per_sample:.1%}"])
     return aligned(cells)
 
 
@@ -242,5 +246,5 @@ def _bytes(number: int) -> str:
 
 
 def _number(value: float) -> str:
-    """Three digits that count, and no exponent."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}" if value >= 0.001 else f"{value:.6f}"
+    """Three digits that count."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -133,6 +133,10 @@ class FirstSamples:
             supervised = text if stated.supervised_tokens is None else stated.supervised_tokens
             images = 1.0 if stated.images_per_sample is None else stated.images_per_sample
             return Lengths(text, supervised, images, "as the section plan states it")
+        return self.measured()
+
+    def measured(self) -> Lengths | None:
+        """The mean of the samples that were prepared, or None."""
         if not self.prepared:
             return None
         documents = [document for _, document in self.prepared]

@@ -88,6 +88,8 @@ CASES = {
     "accumulation": ({"choices": (a_choice(1.5),)}, {"choices": (a_choice(1.1),)}, "1 with 16 fits and is 1.5 x faster"),
     "schedule": ({"choices": (a_choice(1.5, accumulation=4),)}, {"choices": (a_choice(1.1, accumulation=4),)}, "1.5 x faster"),
     "lengths": ({"lengths": None}, {}, "plan: {text_tokens"),
+    "stated_lengths": ({"measured_text": 100.0, "measured": 64}, {"measured_text": 70.0, "measured": 64}, "have 100 on average"),
+    "stated_lengths, too many": ({"measured_text": 40.0, "measured": 64}, {"measured_text": 60.0, "measured": 64}, "have 40"),
     "max_length": ({"workload": LONG}, {"workload": LONG, "max_length": 4096}, "3256 tokens, 3192 of them visual"),
     "max_length, some": ({"measured": 64, "truncated": 4}, {"measured": 64, "truncated": 3}, "4 of the first 64"),
     "bad_samples": ({"bad": ("a.json line 3: no picture",), "measured": 63}, {"measured": 64}, "1 of the first 64"),

@@ -100,7 +100,7 @@ def test_the_row_of_the_micro_batch_is_drawn_to_scale():
     reader = Reader(page("run", "", example))
     assert sum(width for _, width in reader.widths) == sum(len(document.input_ids) for document in example.documents)
     assert sum(width for kind, width in reader.widths if kind == VISUAL) == 3 * 4
-    assert f"3 documents end to end, {example.batch.num_tokens} tokens" in reader.text
+    assert f"The first 3 of 3 documents, end to end: {example.batch.num_tokens} tokens" in reader.text
     assert len(example.batch.targets) == sum(width for kind, width in reader.widths if kind == SUPERVISED)
 
 
