@@ -146,6 +146,18 @@ def test_the_reference_run_waits_for_its_network_and_an_overlay_mends_it(plan):
     assert re.search(r"^recipe .*$", again, re.MULTILINE)[0].split()[1:] == row[1:]
 
 
+@pytest.mark.parametrize(
+    ("overlays", "days"), [(("no_accumulation",), 9), (("resolution_336", "no_accumulation_selective"), 18)], ids=["224", "336"]
+)
+def test_the_shipped_overlays_of_the_reference_run(overlays, days):
+    files = [RECIPES / "meta_llava_13b_pretrain.yaml", *(RECIPES / "ablations" / f"{name}.yaml" for name in overlays)]
+    recipe = instantiate(_configs(files))
+    facts = facts_of("reference", recipe, plan_command.first_samples(recipe), Target(16, 8, "a100-80gb", "1.6Tb/s", mfu=0.5))
+    assert facts.workload.samples >= 600_000_000
+    assert facts.estimate.memory.fits and facts.estimate.days <= days
+    assert findings_of(facts) == []
+
+
 def test_another_machine(plan):
     _, report, _ = plan(
         *REFERENCE, "--nodes", 8, "--gpus-per-node", 4, "--gpu", "h200-141gb", "--mfu", 0.4, "--interconnect", "25GB/s"
