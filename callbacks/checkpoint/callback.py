@@ -15,9 +15,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from callbacks.checkpoint.canary import CANARY, try_checkpoint, verify
-from callbacks.checkpoint.saving import GIB, Saving, size
+from callbacks.checkpoint.saving import GIB, Saving, first_problem, size
 from components.errors import RecipeError
-from components.manifest import what_is_missing
+from components.manifest import synchronize, synchronize_folder, what_is_missing
 from components.phases import phase
 from components.run_folder import (
     BEST,
@@ -43,7 +43,6 @@ class Checkpoint(LightningCheckpoint):
         monitor: Score of a validation, such as `gqa/accuracy`, whose best checkpoint is kept besides and named in
             `checkpoints/best.json`; null keeps none.
         mode: Whether the best score is the largest (`max`) or the smallest (`min`).
-
         asynchronous: Whether checkpoints on the way are written while training goes on, from a copy in the memory of the CPU. They
             become visible at the end of a later step.
         canary: Whether a checkpoint is written, loaded and removed before the first step, so that a disk that is full, read-only or
@@ -91,6 +90,12 @@ class Checkpoint(LightningCheckpoint):
             run = Path(trainer.log_dir or ".")  # log_dir talks to all ranks
             # one rank looks: a file system may show the others an older folder
             newest = trainer.strategy.broadcast(complete_checkpoints(run)[-1:] if trainer.is_global_zero else [])
+            elsewhere = trainer.ckpt_path != trainer.strategy.broadcast(trainer.ckpt_path)
+            if problem := first_problem(trainer, f"it sees {trainer.ckpt_path or 'no checkpoint'}" if elsewhere else None):
+                raise RecipeError(
+                    f"checkpoint: {run / CHECKPOINTS} is not the same for every rank, which would continue from different steps: "
+                    f"{problem}. Let all nodes share the folder; if they do, start again in a minute, when they have seen it anew."
+                )
             self.continues = bool(newest)
             for checkpoint in newest:
                 verify(trainer, checkpoint)
@@ -216,8 +221,11 @@ class Checkpoint(LightningCheckpoint):
             file = run / CHECKPOINTS / BEST
             unfinished = file.with_name(file.name + UNFINISHED)
             try:
-                unfinished.write_text(json.dumps(best) + "\n")
+                with unfinished.open("w") as stream:
+                    stream.write(json.dumps(best) + "\n")
+                    synchronize(stream)
                 os.replace(unfinished, file)
+                synchronize_folder(file.parent)
             except OSError as error:
                 warnings.warn(f"checkpoint: {file} could not be written: {error}.", stacklevel=2)
             self._delete_old(run)

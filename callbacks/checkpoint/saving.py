@@ -125,9 +125,8 @@ class Saving:
             try:
                 write()
                 return
-            # torch tells of a full disk as a RuntimeError
-            except (OSError, RuntimeError) as error:
-                problem = str(error)
+            except Exception as error:  # whatever it is, the other ranks wait
+                problem = str(error) or type(error).__name__
             if wait is not None:
                 time.sleep(wait)
         self.problem = problem

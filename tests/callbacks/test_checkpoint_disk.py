@@ -1,22 +1,18 @@
 """Checkpoints and the disk: tried before the first step, refused at any time, damaged later, written while training goes on."""
 
+import re
 import resource
 import threading
 from contextlib import contextmanager
 
 import pytest
 import torch
-from lightning import Callback, LightningModule
-from lightning.pytorch.loggers import Logger
-from tiny import tiny_trainer
-from torch.utils.data import DataLoader
+from lightning import Callback
+from short_run import STEPS, assert_same, state, steps, train
 
-from callbacks.checkpoint import Checkpoint, callback, canary, saving, snapshot
-from components.data.micro_batches import FromStep
+from callbacks.checkpoint import callback, canary, saving, snapshot
 from components.errors import RecipeError
-from components.run_folder import CHECKPOINTS, RECIPE, checkpoint_folder, complete_checkpoints
-
-STEPS = 5
+from components.run_folder import CHECKPOINTS, RECIPE, checkpoint_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint")
 
@@ -32,45 +28,6 @@ def run(tmp_path):
     return tmp_path
 
 
-class Small(LightningModule):
-    """Learns to answer nought; remembers the loss of every step."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.frozen = torch.nn.Linear(64, 256).requires_grad_(False)
-        self.trained = torch.nn.Linear(256, 256)
-        self.losses = []
-
-    def training_step(self, batch, batch_idx):
-        loss = self.trained(self.frozen(batch)).square().mean()
-        self.losses.append(loss.item())
-        return loss
-
-    def configure_optimizers(self):
-        return torch.optim.AdamW(self.trained.parameters(), 1e-2, fused=True)
-
-    def train_dataloader(self):
-        rest = FromStep(self.trainer.global_step, STEPS, 1)
-        return DataLoader(torch.randn(STEPS, 4, 64, generator=torch.Generator().manual_seed(1)), batch_size=None, sampler=rest)
-
-
-def train(run, callbacks=(), resumed_from=None, **options):
-    """A few steps, with checkpoints after each; the losses, and the numbers that were logged by step."""
-    checkpoint = Checkpoint(**{"every_n_steps": 1, "keep": 9} | options)
-    trainer = tiny_trainer(
-        steps=STEPS,
-        callbacks=[*callbacks, checkpoint],
-        enable_checkpointing=True,
-        default_root_dir=run,
-        logger=Log(run),
-        log_every_n_steps=1,
-    )
-    model = Small()
-    trainer.fit(model, ckpt_path=resumed_from, weights_only=False)
-    return model.losses, trainer.logger.metrics
-
-
 class Started(Callback):
     """Whether a run has got to its first step."""
 
@@ -78,50 +35,6 @@ class Started(Callback):
 
     def on_train_batch_start(self, *arguments):
         self.yes = True
-
-
-class Log(Logger):
-    """Numbers that a run logs, by step."""
-
-    name = version = ""
-
-    def __init__(self, folder):
-        super().__init__()
-        self.folder = folder
-        self.metrics = []
-
-    @property
-    def save_dir(self):
-        return str(self.folder)
-
-    def log_metrics(self, metrics, step=None):
-        self.metrics.append((step, metrics))
-
-    def log_hyperparams(self, *arguments, **options): ...
-
-
-def steps(run):
-    return [int(folder.name.removeprefix("step_")) for folder in complete_checkpoints(run)]
-
-
-def state(run, step):
-    return torch.load(checkpoint_folder(run, step) / "state", weights_only=False)
-
-
-def assert_same(ours, theirs):
-    assert type(ours) is type(theirs)
-    if isinstance(ours, torch.Tensor):
-        assert torch.equal(ours, theirs)
-    elif isinstance(ours, dict):
-        assert ours.keys() == theirs.keys()
-        for key in ours:
-            assert_same(ours[key], theirs[key])
-    elif isinstance(ours, list | tuple):
-        assert len(ours) == len(theirs)
-        for mine, other in zip(ours, theirs, strict=True):
-            assert_same(mine, other)
-    else:
-        assert ours == theirs
 
 
 # --- before the first step
@@ -211,10 +124,14 @@ def test_a_disk_that_is_too_small_for_all_that_is_kept_ends_the_run(run, monkeyp
 # --- later
 
 
+FULL = OSError(28, "No space left on device")
+
+
 class Refusing:
     """A disk that refuses to write the state of some steps, so often each."""
 
-    def __init__(self, monkeypatch, **refusals):
+    def __init__(self, monkeypatch, error=FULL, **refusals):
+        self.error = error
         self.refusals = {f"step_{int(step[1:]):08d}": times for step, times in refusals.items()}
         self.real = snapshot.hashed_file
         monkeypatch.setattr(snapshot, "hashed_file", self.file)
@@ -226,7 +143,7 @@ class Refusing:
             if self.refusals.get(step, 0) > 0:
                 self.refusals[step] -= 1
                 stream.write(b"half")
-                raise OSError(28, "No space left on device")
+                raise self.error
             yield stream
 
 
@@ -251,9 +168,11 @@ def test_a_save_that_fails_is_told_and_training_goes_on(run, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:.*WITHOUT this checkpoint")
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_so_many_failed_saves_in_a_row_end_the_run(run, monkeypatch, asynchronous):
-    Refusing(monkeypatch, s1=3, s2=0, s3=3, s4=3)
-    with pytest.raises(RecipeError, match=r"step_00000004 .* could not be written: .* The run ends here"):
+@pytest.mark.parametrize("error", [FULL, MemoryError()], ids=["disk", "memory"])
+def test_so_many_failed_saves_in_a_row_end_the_run(run, monkeypatch, asynchronous, error):
+    Refusing(monkeypatch, error, s1=3, s2=0, s3=3, s4=3)
+    told = str(error) or "MemoryError"
+    with pytest.raises(RecipeError, match=rf"step_00000004 .* could not be written: .*: {re.escape(told)}\. The run ends here"):
         train(run, max_failed_saves=2, asynchronous=asynchronous)
     assert steps(run) == [2]
 
@@ -301,7 +220,9 @@ def test_a_bit_that_flipped_is_told_before_a_run_continues(run):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    with pytest.raises(RecipeError, match=r"step_00000005 is damaged \(rank 0 .* state is not what was written\)\. Move the folder away"):
+    with pytest.raises(
+        RecipeError, match=r"step_00000005 is damaged \(rank 0 .* state is not what was written\)\. Move the folder away"
+    ):
         train(run, resumed_from=file)
     checkpoint_folder(run, 5).rename(run / "away")
     train(run, resumed_from=checkpoint_folder(run, 4) / "state")

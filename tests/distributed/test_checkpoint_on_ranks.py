@@ -200,3 +200,24 @@ def test_the_canary_changes_nothing_and_a_damaged_file_is_found_by_both(pair, tm
     file.write_bytes(content)
     for end, _, _ in pair.run(trained, str(one), "fsdp"):
         assert "step_00000005 is damaged (rank " in end and "state/__1_0.distcp is not what was written)" in end
+
+
+class Elsewhere(Callback):
+    """The second rank has found an older checkpoint than the first one."""
+
+    def setup(self, trainer, pl_module, stage):
+        trainer.ckpt_path = str(checkpoint_folder(Path(trainer.log_dir), 6 - trainer.global_rank) / "state")
+
+
+def trained_from_two_steps(folder):
+    """What ends the run of a rank."""
+    options = {"enable_checkpointing": True, "default_root_dir": folder}
+    with pytest.raises(RecipeError) as error:
+        train(TOWER_FROZEN, STEPS, ranks=2, strategy=STRATEGIES["ddp"], callbacks=[Elsewhere(), Checkpoint()], **options)
+    return str(error.value)
+
+
+def test_ranks_that_see_different_newest_checkpoints_end(pair, run):
+    for end in pair.run(trained_from_two_steps, str(run)):
+        assert f"{run / CHECKPOINTS} is not the same for every rank" in end
+        assert "rank 1 on " in end and f"it sees {checkpoint_folder(run, 5) / 'state'}. Let all nodes share" in end
