@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from small_recipe import merged, write_recipe
+from small_recipe import fit, merged, write_recipe
 
 import main
 from components import plan_command
@@ -203,18 +203,22 @@ def test_formulas_and_a_simulated_rank_agree(plan, tmp_path):
     assert code == 2 and "--simulate" in told
 
 
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
 def test_a_first_stage_with_other_pictures(plan, tmp_path):
-    """Of which only the recipe is there."""
-    write_recipe(tmp_path / "first.yaml")
+    """Of which the recipe is there, and later only the run."""
+    first = write_recipe(tmp_path / "first.yaml", max_steps=3)
     tower = {
         "vision_tower": {"init_args": {"config": {"image_size": 24, "patch_size": 8, "width": 16, "layers": 2, "head_width": 8}}}
     }
     second = write_recipe(tmp_path / "second.yaml", model={"initial_weights": "runs/first", **tower})
     code, report, _ = plan("--config", second)
     assert code == 2
-    assert "(resolution): pictures are 24 px, 9 visual tokens" in report and "trained at 16 px, 4 visual" in " ".join(
-        report.split()
-    )
+    found = " ".join(report.split())
+    assert "(resolution): pictures are 24 px, 9 visual tokens" in found and "trained at 16 px, 4 visual" in found
+    assert fit(first) == 0
+    first.unlink()
+    code, report, _ = plan("--config", second)
+    assert code == 2 and found.partition("(resolution)")[2] == " ".join(report.split()).partition("(resolution)")[2]
     code, _, _ = plan("--config", write_recipe(tmp_path / "second.yaml", model={"initial_weights": "runs/first"}))
     assert code == 0
 
