@@ -23,25 +23,30 @@ from components.sharding import demand_finite
 INITIAL = "model.initial_weights"
 
 
-def load_start(model: Any) -> None:
+def load_start(model: Any) -> str:
     """Fill a model with the weights that its recipe names; parts that have none, and adapters, stay as they are.
 
     Args:
         model: A `VisionLanguageModel`, built and in memory, perhaps sharded. Its `initial_weights` are a run folder, a checkpoint
             folder, the folder of a LLaVA model or its hub id; parts that a released model leaves out read their own weights.
 
+    Returns:
+        Which `initial_weights` were read: of a run folder, its newest checkpoint.
+
     Raises:
         RecipeError: There are no weights, they do not have the names and shapes of the model's, or are not finite.
     """
+    read = "none"
     if model.initial_weights is None:
         model.vision_tower.load_weights()
         model.decoder.load_weights()
     else:
-        _load_initial_weights(model, model.initial_weights)
+        read = _load_initial_weights(model, model.initial_weights)
     demand_finite(model)
+    return read
 
 
-def _load_initial_weights(model: nn.Module, source: str) -> None:
+def _load_initial_weights(model: nn.Module, source: str) -> str:
     path = Path(source)
     if any((path / name).is_file() for name in ("config.json", PROJECTOR_FILE)):
         load_llava(model, path)
@@ -51,8 +56,10 @@ def _load_initial_weights(model: nn.Module, source: str) -> None:
         state = without_adapters(model.state_dict())
         demand_fit(state, weights, checkpoint, INITIAL)
         fill(state, weights)
+        return str(checkpoint)
     else:
         load_llava(model, fetch(source, INITIAL))
+    return source
 
 
 def load_weights(model: nn.Module, checkpoint: Path, key: str) -> None:

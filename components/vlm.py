@@ -168,8 +168,8 @@ class VisionLanguageModel(LightningModule):
         give_memory(self, device)
         self.decoder.reset_buffers()
         if not continues:
-            with agreed(self.trainer.world_size if self._trainer is not None else 1):
-                load_start(self)
+            with agreed(self.trainer.world_size if self._trainer is not None else 1) as facts:
+                facts.append(load_start(self))
         self.built = True
 
     def on_fit_start(self) -> None:

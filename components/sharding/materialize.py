@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -45,26 +46,35 @@ def demand_finite(model: nn.Module) -> None:
 
 
 @contextmanager
-def agreed(ranks: int) -> Iterator[None]:
+def agreed(ranks: int) -> Iterator[list[str]]:
     """What fails on one rank fails on all, so that none waits for one that has ended.
 
     Args:
         ranks: Ranks that do the same, >= 1.
 
+    Yields:
+        A list for what must be equal on all ranks, such as the checkpoint that each has found.
+
     Raises:
-        RecipeError: Another rank failed.
+        RecipeError: Another rank failed, or has put something else into the list.
     """
+    facts: list[str] = []
     failure = None
     try:
-        yield
+        yield facts
     except Exception as error:
         failure = error
     if ranks > 1:
-        told: list[str | None] = [None] * ranks
-        dist.all_gather_object(told, None if failure is None else str(failure) or type(failure).__name__)
-        for rank, problem in enumerate(told):
-            if problem and failure is None:
-                raise RecipeError(f"Rank {rank}: {problem}")
+        told: list[Any] = [None] * ranks
+        dist.all_gather_object(told, (facts, None if failure is None else str(failure) or type(failure).__name__))
+        problems = [f"Rank {rank}: {problem}" for rank, (_, problem) in enumerate(told) if problem]
+        others = [
+            f"Rank {rank} read {theirs}, rank 0 {told[0][0]}" for rank, (theirs, _) in enumerate(told) if theirs != told[0][0]
+        ]
+        if failure is None and problems:
+            failure = RecipeError(problems[0])
+        elif failure is None and others:
+            failure = RecipeError(f"{others[0]}. Is the run that writes them still training? Name one of its checkpoints.")
     if failure is not None:
         raise failure
 

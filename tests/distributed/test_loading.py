@@ -1,6 +1,7 @@
 """Weights read into shards: to the last bit those of one process, by rows or whole, and what is wrong ends both ranks."""
 
 import math
+import re
 import time
 from pathlib import Path
 
@@ -8,12 +9,13 @@ import pytest
 import torch
 import yaml
 from lightning import Callback
-from runs import hybrid, rank_of
 from safetensors.torch import load_file, save_file
 from tiny import ALL, DECODER_FROZEN, LLAMA, TOWER, TOWER_FROZEN, Prepared, fill, tiny_batch, tiny_trainer, whole
 from torch.distributed.tensor import DTensor
+from training_runs import hybrid, rank_of
 
 from callbacks.checkpoint import Checkpoint
+from components import checkpoint_files
 from components.checkpoint_files import checkpoint_weights
 from components.decoder import HuggingFaceDecoder, LoRA
 from components.errors import RecipeError
@@ -150,7 +152,7 @@ def test_a_rank_reads_what_it_holds(pair, tmp_path):
 # --- later stages
 
 
-def first_stage(folder, strategy, arguments):
+def first_stage(folder, strategy, arguments, steps=1):
     """A checkpoint of the start of a run, sharded where a strategy is given, with adapters that are not zero."""
     model = model_of(**arguments)
 
@@ -162,8 +164,8 @@ def first_stage(folder, strategy, arguments):
 
     options = {"devices": 2, "strategy": strategy()} if strategy else {}
     callbacks = [Changes(), Checkpoint(1)]
-    trainer = tiny_trainer(steps=1, callbacks=callbacks, enable_checkpointing=True, default_root_dir=folder, **options)
-    trainer.fit(model, datamodule=Prepared([tiny_batch()]))
+    trainer = tiny_trainer(steps=steps, callbacks=callbacks, enable_checkpointing=True, default_root_dir=folder, **options)
+    trainer.fit(model, datamodule=Prepared([tiny_batch()] * steps))
 
 
 def write_stage(folder, lora):
@@ -197,6 +199,26 @@ def test_a_released_llava_model(lora, pair, tmp_path):
     arguments = {"config": {"model_type": "llama", **TEXT, "vocab_size": ROWS}, "tower": tower, "layer": -2}
     for found, _ in pair.run(unlike, FSDP, {**arguments, "initial_weights": str(folder), "lora": lora}):
         assert found == []
+
+
+def other_checkpoint(folder):
+    """What ends this rank when the second one finds another checkpoint as the newest of a run."""
+    real = checkpoint_files.find_checkpoint
+    if rank_of(2):
+        checkpoint_files.find_checkpoint = lambda source, key: checkpoint_folder(Path(source), 1)
+    try:
+        started(FSDP, {"config": UNEVEN, "initial_weights": folder})
+    except RecipeError as error:
+        return str(error)
+    finally:
+        checkpoint_files.find_checkpoint = real
+
+
+def test_ranks_that_find_different_checkpoints(pair, tmp_path):
+    write_stage(tmp_path, None)
+    first_stage(str(tmp_path), None, {"config": UNEVEN}, steps=2)
+    for message in pair.run(other_checkpoint, str(tmp_path), seconds=30):
+        assert re.search(r"Rank 1 read .*step_00000001.*rank 0 .*step_00000002", message)
 
 
 # --- frozen parts that every rank holds

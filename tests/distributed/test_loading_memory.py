@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from pair import Processes
-from runs import hybrid
 from test_loading import model_of, started
+from training_runs import hybrid
 
 from components.named_tensors import TensorInfo
 from components.safetensors_writer import write_safetensors
