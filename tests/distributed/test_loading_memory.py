@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from pair import Processes
-from test_loading import model_of, started
+from starts import model_of, started
 from training_runs import hybrid
 
 from components.named_tensors import TensorInfo
