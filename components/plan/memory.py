@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from components.plan.communication import BYTES, sent_units
 from components.plan.machine import GIB, Machine
 from components.plan.schedule import Schedule
-from components.plan.workload import Blocks, Workload
+from components.plan.workload import Adapters, Blocks, Workload
 from components.sharding.layout import Layout
 
 CONTEXT_GIB = 1.5
@@ -116,16 +116,19 @@ def activations(workload: Workload, schedule: Schedule) -> float:
     tower, projector, decoder = (workload.parts[part] for part in ("vision_tower", "projector", "decoder"))
     tokens = schedule.micro_batch * workload.tokens
     pictures = schedule.micro_batch * workload.images_per_sample
-    saved = decoder_bytes(workload.decoder, number, decoder.trained, layout.compile_blocks)
-    total = tokens * (_stack(workload.decoder, saved, number, 2, layout) + _norm(workload.decoder, number, decoder.trained))
+    adapters = workload.adapters
+    saved = decoder_bytes(workload.decoder, number, decoder.trained, layout.compile_blocks, adapters)
+    products = 2 * workload.decoder.mlp_dim + (adapters.ranks + adapters.outputs if adapters else 0)
+    total = tokens * (_stack(workload.decoder, saved, number, products, layout) + _norm(workload.decoder, number, decoder.trained))
     if projector.gradients_flow:  # the inputs and outputs of two layers
         total += pictures * workload.tokens_per_image * 2 * number * (workload.tower.width + workload.decoder.width)
     if tower.gradients_flow:
-        total += pictures * workload.num_patches * _stack(workload.tower, tower_bytes(workload.tower, number), number, 1, layout)
+        saved = tower_bytes(workload.tower, number)
+        total += pictures * workload.num_patches * _stack(workload.tower, saved, number, workload.tower.mlp_dim, layout)
     return float(total)
 
 
-def decoder_bytes(shape: Blocks, number: int, trained: bool, compiled: bool) -> int:
+def decoder_bytes(shape: Blocks, number: int, trained: bool, compiled: bool, adapters: Adapters | None = None) -> int:
     """Bytes of a token that a LLaMA block saves, with its input.
 
     Attention saves queries, keys, values and its result. Each norm saves its input; a trained one also what it scales and, for the
@@ -137,7 +140,12 @@ def decoder_bytes(shape: Blocks, number: int, trained: bool, compiled: bool) -> 
         number: Bytes of a number in the format of the computation.
         trained: Whether its weights need gradients.
         compiled: Whether norms are one operation. Then this is a bound: the compiler may compute more of it again.
+        adapters: What trains instead of the weights. With dropout each keeps its own inputs and a byte for each of them; without,
+            they share those of trained weights, which is a bound.
     """
+    if adapters is not None:
+        kept = number * adapters.ranks + (number + 1) * adapters.inputs * adapters.dropout
+        return kept + decoder_bytes(shape, number, not adapters.dropout, compiled)
     attention = number * 2 * (shape.query_dim + shape.key_dim)
     mlp = number * (4 if trained else 3) * shape.mlp_dim
     if compiled:
@@ -155,7 +163,7 @@ def tower_bytes(shape: Blocks, number: int) -> int:
     return number * (4 * shape.width + 2 * (shape.query_dim + shape.key_dim) + 3 * shape.mlp_dim)
 
 
-def _stack(shape: Blocks, saved: int, number: int, mlp_products: int, layout: Layout) -> int:
+def _stack(shape: Blocks, saved: int, number: int, more_products: int, layout: Layout) -> int:
     """Bytes of a token that all blocks keep, and the one that is computed again."""
     match layout.activation_checkpointing:
         case "none":
@@ -163,5 +171,5 @@ def _stack(shape: Blocks, saved: int, number: int, mlp_products: int, layout: La
         case "full":  # the input
             return shape.layers * number * shape.width + saved
         case "selective":  # the input and the results of matrix products and of attention
-            products = 2 * shape.width + 2 * (shape.query_dim + shape.key_dim) + mlp_products * shape.mlp_dim
+            products = 2 * shape.width + 2 * (shape.query_dim + shape.key_dim) + more_products
             return shape.layers * number * (shape.width + products) + saved

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from components.decoder import Decoder
 from components.errors import RecipeError
 from components.flops import gradients_flow, matmul_parameters, part_flops, recomputed_flops
 from components.sharding.units import units
@@ -115,6 +116,23 @@ class Blocks:
 
 
 @dataclass(frozen=True)
+class Adapters:
+    """Widths of the adapters of a block, each summed over the layers that have one.
+
+    Args:
+        inputs: What they read.
+        ranks: What they make of it.
+        outputs: What they add to the results of their layers.
+        dropout: Whether they miss some of their inputs in training.
+    """
+
+    inputs: int
+    ranks: int
+    outputs: int
+    dropout: bool
+
+
+@dataclass(frozen=True)
 class Workload:
     """What a recipe trains.
 
@@ -134,6 +152,7 @@ class Workload:
         max_steps: Optimizer steps of the run.
         flops: FLOPs of the mean sample, forward and backward, of `vision_tower`, `projector`, `decoder` and `head`.
         recomputed_flops: FLOPs that full activation checkpointing adds to the mean sample.
+        adapters: Those of a block of the decoder; None: it has none.
     """
 
     parts: dict[str, Part]
@@ -151,6 +170,7 @@ class Workload:
     max_steps: int
     flops: dict[str, float]
     recomputed_flops: float
+    adapters: Adapters | None = None
 
     @property
     def tokens(self) -> float:
@@ -234,6 +254,20 @@ def workload_of(
         max_steps=max_steps,
         flops={name: float(number) for name, number in flops.items()},
         recomputed_flops=recomputed_flops(model, sizes, tokens, tokens**2, images_per_sample),
+        adapters=_adapters(decoder),
+    )
+
+
+def _adapters(decoder: Decoder) -> Adapters | None:
+    if decoder.lora is None:
+        return None
+    shapes = [parameter.shape for parameter in decoder.blocks()[0].parameters() if parameter.requires_grad]
+    down, up = shapes[::2], shapes[1::2]
+    return Adapters(
+        inputs=sum(width for _, width in down),
+        ranks=sum(rank for rank, _ in down),
+        outputs=sum(width for width, _ in up),
+        dropout=decoder.lora.dropout > 0,
     )
 
 

@@ -5,9 +5,10 @@ import torch
 from reference import ALIGN, FULL, machine, schedule, workload
 from torch import Tensor, nn
 
-from components.decoder import HuggingFaceDecoder
+from components.decoder import HuggingFaceDecoder, LoRA
 from components.plan import Blocks, memory_of
 from components.plan.memory import GIB, activations, decoder_bytes, tower_bytes
+from components.plan.workload import Adapters
 from components.tokenizer import WordTokenizer
 from components.vision_tower import OpenClipTower
 from components.vlm import LearningRates
@@ -32,7 +33,9 @@ def saved_bytes(block: nn.Module, run) -> int:
     return sum(found.values())
 
 
-def llama_block(key_heads: int, trained: bool, dtype: torch.dtype, compiled: bool = False) -> tuple[float, Blocks]:
+def llama_block(
+    key_heads: int, trained: bool, dtype: torch.dtype, compiled: bool = False, lora: LoRA | None = None
+) -> tuple[float, Blocks]:
     """Bytes a token of a real block, and its shape."""
     width, mlp, heads = 256, 704, 2
     decoder = HuggingFaceDecoder(
@@ -46,8 +49,10 @@ def llama_block(key_heads: int, trained: bool, dtype: torch.dtype, compiled: boo
             "num_key_value_heads": key_heads,
         },
         WordTokenizer(),
+        lora=lora,
     )
     decoder.build()
+    decoder.adapt()
     decoder.to(dtype).requires_grad_(trained)
     hidden = torch.randn(1, TOKENS, width, dtype=dtype, requires_grad=True)
     positions = torch.arange(TOKENS)[None]
@@ -75,6 +80,19 @@ def test_what_a_llama_block_saves(key_heads, trained, dtype):
     copy = number * shape.query_dim if trained else 0
     # the sums of a softmax and the scales of two norms are a few numbers of a token
     assert found == pytest.approx(decoder_bytes(shape, number, trained, compiled=False) + copy, rel=5e-3)
+
+
+@pytest.mark.parametrize("dropout", [0.05, 0.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_what_a_llama_block_with_adapters_saves(dtype, dropout):
+    found, shape = llama_block(2, True, dtype, lora=LoRA(rank=8, alpha=8.0, dropout=dropout))
+    number, inputs = dtype.itemsize, 6 * shape.width + shape.mlp_dim
+    expected = decoder_bytes(shape, number, True, compiled=False, adapters=Adapters(inputs, 7 * 8, 0, dropout > 0))
+    copy = number * shape.query_dim
+    if dropout:  # a CPU keeps a number where a GPU keeps a byte
+        assert found == pytest.approx(expected + (number - 1) * inputs, rel=5e-3)
+    else:  # the norms are not trained
+        assert found == pytest.approx(expected + copy - 2 * number * shape.width, rel=5e-3)
 
 
 @pytest.mark.slow  # several seconds of tracing

@@ -2,9 +2,13 @@
 
 import pytest
 from reference import ALIGN, FULL, model, workload
+from tiny import LLAMA, tiny_model
 
+from components.decoder import HuggingFaceDecoder, LoRA
 from components.errors import RecipeError
 from components.plan import workload_of
+from components.plan.workload import Adapters
+from components.tokenizer import WordTokenizer
 from components.vlm import LearningRates
 
 # TFLOP of a sample: tower, projector, decoder, head, all
@@ -99,3 +103,17 @@ def test_numbers_out_of_range(changes, says):
     sample = {"text_tokens": 64, "target_tokens": 64, "images_per_sample": 1, "global_batch_size": 8, "max_steps": 1}
     with pytest.raises(RecipeError, match=says):
         workload_of(model(224), **{**sample, **changes})
+
+
+def test_adapters():
+    shown = {}
+    for dropout in (0.0, 0.1):
+        lora = LoRA(rank=3, alpha=1.0, dropout=dropout, target_modules=["k_proj", "down_proj"])
+        adapted = tiny_model(decoder=HuggingFaceDecoder(LLAMA, WordTokenizer(), lora=lora))
+        adapted.build()
+        adapted.adapt()
+        work = workload_of(adapted, text_tokens=8, target_tokens=8, images_per_sample=1, global_batch_size=2, max_steps=1)
+        shown[dropout] = work.adapters
+    # keys are half as wide as the model
+    assert shown == {dropout: Adapters(inputs=32 + 48, ranks=3 + 3, outputs=16 + 32, dropout=dropout > 0) for dropout in shown}
+    assert workload().adapters is None
