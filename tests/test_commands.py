@@ -113,7 +113,7 @@ TYPOS: dict[str, tuple[dict[str, Any], str]] = {
     "template": ({"data": {"template": "breif"}}, r"data\.template = breif.*no template 'breif'.*brief"),
     "device": ({"trainer": {"accelerator": "cuda"}}, r"trainer: .*CUDA"),
     "batch": ({"trainer": {"accumulate_grad_batches": 3}}, r"data\.global_batch_size = 4 is not a multiple of 1 ranks x 3"),
-    "out of range": ({"checkpoint": {"keep": 0}}, r"checkpoint: .*keep = 0 must be at least 1"),
+    "out of range": ({"checkpoint": {"keep": 0}}, r"checkpoint: .*'keep': 0.* must be at least 1"),
     "frozen": ({"model": {"learning_rates": dict.fromkeys(("vision_tower", "projector", "decoder"))}}, r"model\.learning_rates"),
 }
 

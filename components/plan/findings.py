@@ -73,8 +73,8 @@ def accumulation(facts: Facts) -> str | None:
         return None
     return (
         f"trainer.accumulate_grad_batches = {now.schedule.accumulation} with micro-batches of {now.schedule.micro_batch}: "
-        f"{better.accumulation} with {better.micro_batch} fits and is {facts.choices[0].gain:.1f} x faster, for the same step. "
-        f"{facts.instead()}"
+        f"{better.accumulation} with {better.micro_batch} fits and is {facts.choices[0].gain:.1f} x faster, for the same step"
+        + (", by the same overlay." if communication(facts) else f". {facts.instead()}")
     )
 
 

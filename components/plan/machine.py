@@ -1,12 +1,13 @@
 """Machine: the computers a run is planned for.
 
-Source: data sheets of the GPUs for peaks and watts; memory as the CUDA driver reports it to PyTorch.
+Source: data sheets of the GPUs for links and watts; memory as the CUDA driver reports it to PyTorch.
 """
 
 import re
 from dataclasses import dataclass
 
 from components.errors import RecipeError
+from components.flops import PEAK_TFLOPS
 
 GIB = 2**30
 NETWORK_EFFICIENCY = 0.85
@@ -36,10 +37,10 @@ class Gpu:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a100-40gb", 39.4, 312e12, 200e9, 400.0),
-        Gpu("a100-80gb", 79.1, 312e12, 200e9, 400.0),
-        Gpu("h100-80gb", 79.1, 989e12, 300e9, 700.0),
-        Gpu("h200-141gb", 139.7, 989e12, 300e9, 700.0),
+        Gpu("a100-40gb", 39.4, PEAK_TFLOPS["A100"] * 1e12, 200e9, 400.0),
+        Gpu("a100-80gb", 79.1, PEAK_TFLOPS["A100"] * 1e12, 200e9, 400.0),
+        Gpu("h100-80gb", 79.1, PEAK_TFLOPS["H100"] * 1e12, 300e9, 700.0),
+        Gpu("h200-141gb", 139.7, PEAK_TFLOPS["H200"] * 1e12, 300e9, 700.0),
     )
 }
 """GPUs by the names of the command line."""

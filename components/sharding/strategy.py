@@ -13,6 +13,7 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
@@ -94,6 +95,11 @@ class HybridSharding(ModelParallelStrategy):
         with agreed(self.world_size):
             demand_finite(self.lightning_module)  # type: ignore[arg-type]
         return loaded
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The weights where they are: Lightning would copy those that every rank holds whole to the memory of each rank's CPU."""
+        assert self.model is not None
+        return get_model_state_dict(self.model)
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
