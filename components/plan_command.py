@@ -22,6 +22,7 @@ from components.plan.simulate import Comparison, MeanSample, compare, simulate
 from components.rebuild import read_checkpoint_recipe, rebuild
 from components.recipe_files import named_recipes
 from components.run_folder import RUNS, complete_checkpoints, run_name
+from components.sharding import HybridSharding
 from components.vlm import VisionLanguageModel
 
 PAGE = "plan.html"
@@ -171,9 +172,11 @@ def first_stage(source: str | None, folder: Path, parse: Callable[[list[Path]], 
 def _simulated(model: VisionLanguageModel, facts: Facts) -> list[Comparison]:
     """The step of the plan by formula and by simulation, on samples of whole numbers."""
     now = facts.estimate
-    if now is None or facts.running.layout is None:
+    if now is None or facts.running.strategy != HybridSharding.__name__:
         raise RecipeError(
-            "--simulate plays a rank of a sharded run on GPUs, and this recipe has none to play. Name its trainer file."
+            "--simulate plays a rank of a run whose memory is planned, and which components.sharding.HybridSharding shards over "
+            f"GPUs; this recipe has {facts.running.strategy} on {'GPUs' if facts.running.on_gpus else 'CPUs'}. Name a trainer file "
+            "such as recipes/trainer/fsdp_8xa100.yaml."
         )
     work = facts.workload
     sample = MeanSample(round(work.text_tokens), round(work.target_tokens), max(1, round(work.images_per_sample)))

@@ -201,6 +201,11 @@ def test_formulas_and_a_simulated_rank_agree(plan, tmp_path):
     assert table.count(" agrees") == 7 and "DIFFERS" not in table and "peak memory" in table
     code, _, told = plan("--config", write_recipe(tmp_path / "small.yaml"), "--simulate")
     assert code == 2 and "--simulate" in told
+    # FSDP1 exchanges otherwise
+    trainer["strategy"] = {"class_path": "components.sharding.FullyShardedV1", "init_args": {"replicas": 2, "shards": 2}}
+    recipe = write_recipe(tmp_path / "small.yaml", trainer=trainer, data={"global_batch_size": 24}, plan={"text_tokens": 20})
+    code, _, told = plan("--config", recipe, "--simulate")
+    assert code == 2 and "FullyShardedV1" in told
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
