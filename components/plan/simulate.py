@@ -254,7 +254,7 @@ class Comparison:
         quantity: Its name, with its unit.
         formula: What the plan says.
         simulated: What the simulation did.
-        tolerance: Largest relative difference that is still agreement, >= 0; null: the two are near, not equal, and only shown.
+        tolerance: Largest relative difference that is still agreement, >= 0; None: the two are near, not equal, and only shown.
     """
 
     quantity: str
