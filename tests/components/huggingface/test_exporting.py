@@ -212,7 +212,11 @@ def test_the_number_format_is_that_of_the_run(trainer, stored, expected):
 @pytest.mark.parametrize(
     ("changes", "sharded"),
     [
-        ({"decoder": {"init_args": {"lora": {"rank": 2, "alpha": 8.0, "target_modules": "all-linear"}}}}, False),
+        pytest.param(
+            {"decoder": {"init_args": {"lora": {"rank": 2, "alpha": 8.0, "target_modules": "all-linear"}}}},
+            False,
+            marks=pytest.mark.slow,
+        ),
         pytest.param({"decoder": {"init_args": {"config": {"tie_word_embeddings": True}}}}, False, marks=pytest.mark.slow),
         pytest.param({"vision_tower": {"init_args": {"feature_layer": -1}}}, True, marks=pytest.mark.slow),
         pytest.param({"vision_tower": {"init_args": {"config": {"quick_gelu": False}}}}, False, marks=pytest.mark.slow),
