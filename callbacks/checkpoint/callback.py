@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from callbacks.checkpoint.canary import CANARY, try_checkpoint, verify
@@ -138,12 +137,9 @@ class Checkpoint(LightningCheckpoint):
             self._save(trainer, asynchronous=False)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """A single process ends what it writes, and saves if it is told to end. Several would have to agree on a step."""
+        """A single process ends what it writes; several would have to agree on it. The guards see to signals."""
         if trainer.world_size == 1:
             self._finish(trainer)
-            # not inside a validation: there the trainer has not finished its count of the step yet
-            if isinstance(exception, SIGTERMException) and trainer.training:
-                self.save(trainer)
 
     # --- saving
 
