@@ -1,40 +1,64 @@
 """Order of the data: exact mixtures, whole epochs, random access, one order for every world size, and no silent change."""
 
-import random
-
 import numpy as np
 import pytest
 
-from components.data.order import BLOCK, Draw, Mixture, deal
+from components.data.order import BLOCK, Draws, Mixture, Segment, Shards, deal
 from components.errors import RecipeError
 
 
+def unsharded(*sizes: int) -> list[Shards]:
+    return [Shards(np.array([size]), window=1) for size in sizes]
+
+
+def mixture(shards: list[Shards], *weights: float, seed: int = 0) -> Mixture:
+    return Mixture(shards, [Segment(0, weights)], seed)
+
+
+def rows(draws: Draws) -> list[tuple[int, int, int]]:
+    return list(zip(draws.source.tolist(), draws.epoch.tolist(), draws.number.tolist(), strict=True))
+
+
 def test_weights_hold_exactly_in_every_block() -> None:
-    mixture = Mixture([0.95, 0.04, 0.01], [10_000, 77, 13], seed=3)
+    mixed = mixture(unsharded(10_000, 77, 13), 0.95, 0.04, 0.01, seed=3)
     for block in (0, 1, 2, 5_000):
-        drawn = [mixture.draw(slot).source for slot in range(block * BLOCK, (block + 1) * BLOCK)]
+        drawn = mixed.draws(np.arange(block * BLOCK, (block + 1) * BLOCK)).source
         assert np.bincount(drawn).tolist() == [950, 40, 10]
 
 
-@pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0], [2.0, 3.0, 5.0, 7.0, 11.0], [1e-9, 1e-9], [665e3, 1e3]])
-def test_quotas_are_the_shares_rounded_and_fill_the_block(weights: list[float]) -> None:
-    quotas = Mixture(weights, [10] * len(weights), seed=0).quotas
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (2.0, 3.0, 5.0, 7.0, 11.0), (1e-9, 1e-9), (665e3, 1e3), (1.0, 0.0, 2.0)])
+def test_quotas_are_the_shares_rounded_and_fill_the_block(weights: tuple[float, ...]) -> None:
+    quotas = mixture(unsharded(*[10] * len(weights)), *weights).quotas_at(0)
     assert quotas.sum() == BLOCK
     assert (abs(quotas - np.array(weights) / sum(weights) * BLOCK) < 1).all()
 
 
-def test_a_weight_that_would_never_be_drawn_is_an_error() -> None:
-    with pytest.raises(RecipeError, match=r"weight 1.0 of 3001.0 is less than one sample in 1000 .* Raise it"):
-        Mixture([3000.0, 1.0], [10, 10], seed=0)
+@pytest.mark.parametrize("weights", [(3000.0, 1.0), (3000.0, 1.0, 0.5), (0.9999, 0.0, 0.0001)])
+def test_a_weight_that_would_never_be_drawn_is_an_error_that_names_one_that_serves(weights: tuple[float, ...]) -> None:
+    with pytest.raises(RecipeError, match=r"weight .* is less than one sample in 1000 .* Raise it to (\S+) or more") as error:
+        mixture(unsharded(*[10] * len(weights)), *weights)
+    least = float(str(error.value).split("Raise it to ")[1].split()[0])
+    served = tuple(least if 0 < weight <= 1 and weight != max(weights) else weight for weight in weights)
+    assert (mixture(unsharded(*[10] * len(weights)), *served).quotas_at(0) > 0).tolist() == [weight > 0 for weight in weights]
+
+
+@pytest.mark.parametrize("weights", [(0.0, 0.0), (1.0, -0.5), (float("nan"), 1.0), (float("inf"), 1.0)])
+def test_weights_of_nothing_are_an_error(weights: tuple[float, ...]) -> None:
+    with pytest.raises(RecipeError, match="State weights >= 0"):
+        mixture(unsharded(5, 5), *weights)
+
+
+def test_a_source_without_samples_may_only_stand_with_weight_0() -> None:
+    assert not mixture(unsharded(5, 0), 1.0, 0.0).draws(np.arange(3_000)).source.any()
+    with pytest.raises(RecipeError, match="source 2 has no sample"):
+        mixture(unsharded(5, 0), 1.0, 1.0)
 
 
 def test_every_sample_once_an_epoch_and_another_order_in_each() -> None:
     sizes = [37, 100]
-    mixture = Mixture([0.3, 0.7], sizes, seed=1)
     drawn: dict[tuple[int, int], list[int]] = {}
-    for slot in range(4 * BLOCK):
-        draw = mixture.draw(slot)
-        drawn.setdefault((draw.source, draw.epoch), []).append(draw.index)
+    for source, epoch, number in rows(mixture(unsharded(*sizes), 0.3, 0.7, seed=1).draws(np.arange(4 * BLOCK))):
+        drawn.setdefault((source, epoch), []).append(number)
     for source, size in enumerate(sizes):
         epochs = [order for (of, _), order in sorted(drawn.items()) if of == source]
         assert len(epochs) > 10
@@ -44,34 +68,21 @@ def test_every_sample_once_an_epoch_and_another_order_in_each() -> None:
 
 
 def test_draws_are_a_function_of_the_slot() -> None:
-    def fresh() -> Mixture:
-        return Mixture([0.6, 0.4], [50, 21], seed=7)
-
-    walker = fresh()
-    sequential = [walker.draw(slot) for slot in range(3_000)]
-    slots = random.Random(0).sample(range(3_000), 500)
-    jumper = fresh()
-    assert [jumper.draw(slot) for slot in slots] == [sequential[slot] for slot in slots]
-    assert [fresh().draw(slot) for slot in slots[:20]] == [sequential[slot] for slot in slots[:20]]
+    shards = [Shards(np.array([5, 0, 30, 15]), window=2), *unsharded(21)]
+    sequential = rows(mixture(shards, 0.6, 0.4, seed=7).draws(np.arange(3_000)))
+    slots = np.random.default_rng(0).permutation(3_000)[:500]
+    jumper = mixture(shards, 0.6, 0.4, seed=7)
+    assert [row for slot in slots for row in rows(jumper.draws(np.array([slot])))] == [sequential[slot] for slot in slots]
+    assert rows(jumper.draws(slots)) == [sequential[slot] for slot in slots]
+    assert rows(jumper.draws(np.empty(0, dtype=np.int64))) == []
 
 
 def test_the_seed_decides_the_order_and_what_is_random_in_samples() -> None:
-    one, same, other = (Mixture([1.0, 2.0], [500, 500], seed) for seed in (1, 1, 2))
-    assert [one.draw(slot) for slot in range(50)] == [same.draw(slot) for slot in range(50)]
-    assert [one.draw(slot) for slot in range(50)] != [other.draw(slot) for slot in range(50)]
+    one, same, other = (mixture(unsharded(500, 500), 1.0, 2.0, seed=seed) for seed in (1, 1, 2))
+    slots = np.arange(50)
+    assert rows(one.draws(slots)) == rows(same.draws(slots)) != rows(other.draws(slots))
     assert one.sample_stream(9).random() == same.sample_stream(9).random()
     assert len({one.sample_stream(slot).random() for slot in range(100)} | {other.sample_stream(9).random()}) == 101
-
-
-def test_the_order_of_a_seed_never_changes() -> None:
-    """Runs resume by this order. A library that changes it must be seen here, not in a continued run."""
-    mixture = Mixture([0.5, 0.3, 0.2], [100, 50, 10], seed=42)
-    expected = {
-        0: Draw(2, 0, 1), 1: Draw(0, 0, 74), 2: Draw(0, 0, 98), 3: Draw(2, 0, 7),
-        999: Draw(0, 4, 35), 1_000: Draw(0, 5, 34), 123_456_789: Draw(0, 617_283, 8),
-    }  # fmt: skip
-    assert {slot: mixture.draw(slot) for slot in expected} == expected
-    assert mixture.sample_stream(5).integers(2**32, size=3).tolist() == [4172699241, 2443773240, 3550152152]
 
 
 def lengths_like_llava(count: int, seed: int) -> list[int]:
