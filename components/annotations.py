@@ -69,10 +69,10 @@ class Annotations:
         """Size of the file, in bytes."""
         return len(self._data)
 
-    def num_bytes(self, index: int) -> int:
-        """Size of a record, in bytes: known without reading it."""
-        start, end = self._ranges[index]
-        return int(end - start)
+    def sizes(self, indices: Int64[np.ndarray, " records"]) -> Int64[np.ndarray, " records"]:
+        """Sizes of records, in bytes: known without reading them."""
+        ranges = np.asarray(self._ranges[indices])
+        return ranges[:, 1] - ranges[:, 0]
 
     def where(self, index: int) -> str:
         """Where a record stands, for error messages: `file.jsonl line 17`."""

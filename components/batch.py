@@ -68,7 +68,7 @@ class Batch:
         image_positions: Positions of the visual-token slots, in the order of the pictures.
         pixels: Pictures in the order of their slots; normalised on the device.
         sample_ids: Names of the documents, for logs and error messages.
-        bad_samples: Why a document was replaced by a null document, one message for each.
+        bad_samples: Source and reason of every document that was replaced by a null document.
         num_truncated: Documents whose last turns were dropped because they were too long.
     """
 
@@ -81,7 +81,7 @@ class Batch:
     image_positions: Int64[Tensor, " visual_tokens"]
     pixels: UInt8[Tensor, "images 3 size size"]
     sample_ids: list[str]
-    bad_samples: list[str]
+    bad_samples: list[tuple[str, str]]
     num_truncated: int
 
     @property
@@ -102,13 +102,15 @@ class Batch:
         return Batch(**{k: function(v) if isinstance(v, Tensor) else v for k, v in values.items()})
 
 
-def pack(documents: list[Document], image_token_id: int = IMAGE_TOKEN_ID, bad_samples: list[str] | None = None) -> Batch:
+def pack(
+    documents: list[Document], image_token_id: int = IMAGE_TOKEN_ID, bad_samples: list[tuple[str, str]] | None = None
+) -> Batch:
     """Documents in, one packed `Batch` out: as many tokens as the documents have together.
 
     Args:
         documents: At least one document.
         image_token_id: Id that marks the visual-token slots.
-        bad_samples: Messages of samples that were replaced by null documents.
+        bad_samples: Source and reason of each sample that was replaced by a null document.
     """
     lengths = np.array([len(document.input_ids) for document in documents])
     ends = np.cumsum(lengths)

@@ -28,4 +28,5 @@ def rebuild(recipe: dict[str, Any]) -> tuple[VisionLanguageModel, Preparation]:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(VisionLanguageModel, "model")
     parts: Any = parser.instantiate(parser.parse_object({"model": recipe["model"]}))
-    return parts.model, Preparation(**{key: recipe["data"][key] for key in Preparation.__dataclass_fields__})
+    stated = recipe["data"]
+    return parts.model, Preparation(**{key: stated[key] for key in Preparation.__dataclass_fields__ if key in stated})

@@ -9,6 +9,9 @@ from typing import Any, Literal
 from components.chat_template import IMAGE_PLACEHOLDER
 from components.errors import BadSample
 
+MAX_CHARACTERS = 100_000
+"""Of one turn, or of a caption: longer texts are not what they seem, and would hold up the tokenizer."""
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -21,6 +24,18 @@ class Turn:
 
     role: Literal["user", "assistant"]
     text: str
+
+
+def check_text(text: str) -> None:
+    """A text that no model should read is refused before it is tokenized.
+
+    Raises:
+        BadSample: It has more than 100,000 characters, or a NUL character.
+    """
+    if len(text) > MAX_CHARACTERS:
+        raise BadSample(f"A text of {len(text):,} characters is longer than the {MAX_CHARACTERS:,} allowed: {text[:40]!r}...")
+    if "\0" in text:
+        raise BadSample(f"A text has a NUL character at position {text.index(chr(0))}: {text[:40]!r}.")
 
 
 def parse_llava(record: dict[str, Any]) -> tuple[list[Turn], list[str]]:

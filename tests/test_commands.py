@@ -206,11 +206,11 @@ def test_a_damaged_picture(workers: int, tmp_path: Path, told: Callable[[int], s
     picture.write_bytes(picture.read_bytes()[:-20])
     message = told(fit(recipe))
     assert re.search(r"own\.jsonl line 6, id own 5: The 20 x 20 JPEG picture is damaged", message)
-    assert "data.max_bad_samples = 0 allowed; raise it to skip such samples" in message
+    assert "data.max_bad_fraction = 0 allowed; all are listed in" in message
 
 
 def test_a_damaged_picture_that_may_be_skipped(tmp_path: Path) -> None:
-    recipe = own_recipe(tmp_path, max_bad_samples=1)
+    recipe = own_recipe(tmp_path, max_bad_fraction=0.001)
     Path("pictures/5.jpg").write_bytes(b"")
     assert fit(recipe) == 0
     written = [json.loads(line) for line in Path("runs/small/quarantine.jsonl").read_text().splitlines()]

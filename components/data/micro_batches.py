@@ -1,111 +1,17 @@
 """Micro-batches by number: a map-style dataset whose items are packed batches, made whole inside the loader's workers."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from components.batch import IGNORE_INDEX, Batch, Document, SampleFormat, pack
-from components.chat_template import resolve_template
-from components.conversation import encode, encode_prompt
+from components.batch import Batch, SampleFormat, pack
 from components.data.order import Mixture, deal
-from components.data.sources import Sample, Source
-from components.errors import BadSample, RecipeError
-from components.images import Decoding, SquareMode, decode, to_square
-from components.turns import Turn
-
-
-@dataclass(frozen=True)
-class Preparation:
-    """How a sample becomes a document.
-
-    Args:
-        template: Name of the conversation template; `chat_template` is the tokenizer's own.
-        decoding: `llava` ignores EXIF rotation and drops alpha, `upright` rotates and composites on white.
-        image_mode: `pad` to a square with the mean color, `crop` the center, or `squash` both sides.
-        max_length: Most tokens of a document; whole turns are dropped from its end to fit.
-    """
-
-    template: str
-    decoding: Decoding
-    image_mode: SquareMode
-    max_length: int
-
-    def document(self, sample: Sample, tokenizer: PreTrainedTokenizerBase, layout: SampleFormat) -> Document:
-        """Decode the pictures, encode the conversation.
-
-        Raises:
-            BadSample: A broken picture, a placeholder mismatch, nothing supervised, or a first turn longer than `max_length`.
-        """
-        turns = sample.turns
-        while True:
-            ids, labels = encode(
-                turns, len(sample.images), tokenizer, self.template, layout.tokens_per_image, layout.image_token_id
-            )
-            if len(ids) <= self.max_length:
-                break
-            turns = turns[: len(turns) - 1 - (turns[-1].role == "assistant")]
-            if not turns or sum(turn.text.count("<image>") for turn in turns) != len(sample.images):
-                raise BadSample(
-                    f"longer than data.max_length = {self.max_length} tokens even without its last turns. Raise max_length."
-                )
-        return Document(sample.id, ids, labels, self.pixels(sample.images, layout), truncated=len(turns) < len(sample.turns))
-
-    def try_out(self, tokenizer: PreTrainedTokenizerBase, layout: SampleFormat) -> None:
-        """A template that does not suit the tokenizer shows here, not in a worker at the first sample.
-
-        Raises:
-            RecipeError: Not even a question of one letter can be prepared.
-        """
-        shortest = Sample("x", [Turn("user", "x"), Turn("assistant", "x")], [])
-        try:
-            self.document(shortest, tokenizer, layout)
-        except RecipeError as error:
-            raise RecipeError(f"data.template = {self.template}, even for a question of one letter: {error}") from error
-
-    def prompt(self, sample: Sample, tokenizer: PreTrainedTokenizerBase, layout: SampleFormat) -> Document:
-        """A question as a document that ends where the answer begins; nothing in it is supervised.
-
-        Raises:
-            BadSample: A broken picture or a placeholder mismatch.
-        """
-        ids = encode_prompt(
-            sample.turns, len(sample.images), tokenizer, self.template, layout.tokens_per_image, layout.image_token_id
-        )
-        return Document(sample.id, ids, np.full_like(ids, IGNORE_INDEX), self.pixels(sample.images, layout))
-
-    def end_token_id(self, tokenizer: PreTrainedTokenizerBase) -> int:
-        """Id of the token that ends an answer; the tokenizer's end token where the template has none.
-
-        Raises:
-            RecipeError: The template does not suit the tokenizer, or neither of them has an end token.
-        """
-        end = resolve_template(self.template, tokenizer).end_token(tokenizer) or tokenizer.eos_token
-        if end is None:
-            raise RecipeError(f"Template {self.template} has no end token and this tokenizer no eos_token: no answer would end.")
-        number = tokenizer.convert_tokens_to_ids(end)
-        assert isinstance(number, int)
-        return number
-
-    def pixels(self, images: list[bytes], layout: SampleFormat) -> np.ndarray:
-        """Decoded square pictures, uint8 [images, 3, size, size]."""
-        pixels = np.empty((len(images), 3, layout.image_size, layout.image_size), dtype=np.uint8)
-        for number, image in enumerate(images):
-            pixels[number] = to_square(decode(image, self.decoding), layout.image_size, self.image_mode, layout.image_mean)
-        return pixels
-
-
-def null_document(layout: SampleFormat, tokenizer: PreTrainedTokenizerBase, sample_id: str) -> Document:
-    """A document of one token, without pictures and with nothing supervised: takes the place of a sample that cannot be used."""
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    return Document(
-        sample_id,
-        np.array([start], dtype=np.int64),
-        np.array([IGNORE_INDEX], dtype=np.int64),
-        np.empty((0, 3, layout.image_size, layout.image_size), dtype=np.uint8),
-    )
+from components.data.preparation import Preparation, null_document
+from components.data.sources import Source
+from components.errors import BadSample
 
 
 @dataclass
@@ -113,8 +19,8 @@ class MicroBatches(Dataset):
     """Numbers of micro-batches in, packed batches out; each is a pure function of its number and of the fields.
 
     Args:
-        sources: The sources, set up.
-        preparation: How samples become documents.
+        sources: The sources by name, set up.
+        preparation: How samples become documents, where a source does not have its own way.
         layout: What the model expects.
         tokenizer: The decoder's tokenizer.
         rank: This rank.
@@ -122,7 +28,7 @@ class MicroBatches(Dataset):
         micro_batches: Micro-batches in an optimizer step.
     """
 
-    sources: list[Source]
+    sources: dict[str, Source]
     preparation: Preparation
     layout: SampleFormat
     tokenizer: PreTrainedTokenizerBase
@@ -130,18 +36,20 @@ class MicroBatches(Dataset):
     ranks: int
     micro_batches: int
 
-    def batch(self, draws: list[tuple[Source, int, np.random.Generator]]) -> Batch:
-        """The packed batch of the given samples; those that cannot be used become null documents."""
+    def batch(self, draws: list[tuple[str, int, np.random.Generator]]) -> Batch:
+        """The packed batch of the given samples (name of the source, index, randomness); unusable ones become null documents."""
         documents, bad = [], []
-        for source, index, random in draws:
+        for name, index, random in draws:
+            source = self.sources[name]
             try:
                 sample = source.sample(index, random)
                 try:
-                    documents.append(self.preparation.document(sample, self.tokenizer, self.layout))
+                    preparation = self.preparation.overridden(source.overrides)
+                    documents.append(preparation.document(sample, self.tokenizer, self.layout))
                 except BadSample as error:
                     raise BadSample(f"{source.where(index)}, id {sample.id}: {error}") from error
             except BadSample as error:
-                bad.append(str(error))
+                bad.append((name, str(error)))
                 documents.append(null_document(self.layout, self.tokenizer, f"null of {source.describe()} {index}"))
         return pack(documents, self.layout.image_token_id, bad)
 
@@ -157,19 +65,33 @@ class TrainBatches(MicroBatches):
 
     mixture: Mixture
     global_batch_size: int
+    _dealt: tuple[int, list[tuple[str, int]], list[list[list[int]]]] | None = field(default=None, init=False, repr=False)
 
     def __getitem__(self, number: int) -> Batch:
         """The batch of this rank in micro-batch `number` of the run."""
         step, micro_batch = divmod(number, self.micro_batches)
-        slots = range(step * self.global_batch_size, (step + 1) * self.global_batch_size)
-        draws = [self.mixture.draw(slot) for slot in slots]
-        indices = [int(self.sources[draw.source].train_indices[draw.index]) for draw in draws]
-        lengths = [
-            self.sources[draw.source].length(index, self.layout.tokens_per_image)
-            for draw, index in zip(draws, indices, strict=True)
-        ]
-        mine = deal(lengths, self.ranks, self.micro_batches)[micro_batch][self.rank]
-        return self.batch([(self.sources[draws[i].source], indices[i], self.mixture.sample_stream(slots[i])) for i in mine])
+        samples, hands = self.deal_step(step)
+        first = step * self.global_batch_size
+        return self.batch([(*samples[i], self.mixture.sample_stream(first + i)) for i in hands[micro_batch][self.rank]])
+
+    def deal_step(self, step: int) -> tuple[list[tuple[str, int]], list[list[list[int]]]]:
+        """The samples of an optimizer step, and which of them each micro-batch and rank has: the same on every rank.
+
+        The last step is kept, since a worker makes several micro-batches of it.
+        """
+        if self._dealt is None or self._dealt[0] != step:
+            slots = np.arange(step * self.global_batch_size, (step + 1) * self.global_batch_size)
+            draws = self.mixture.draws(slots)
+            indices, lengths = np.empty_like(slots), np.empty_like(slots)
+            for number, source in enumerate(self.sources.values()):
+                here = draws.source == number
+                if here.any():
+                    indices[here] = source.train_indices(draws.number[here])
+                    lengths[here] = source.lengths(indices[here], self.layout.tokens_per_image)
+            names = list(self.sources)
+            samples = [(names[source], index) for source, index in zip(draws.source.tolist(), indices.tolist(), strict=True)]
+            self._dealt = (step, samples, deal(lengths.tolist(), self.ranks, self.micro_batches))
+        return self._dealt[1], self._dealt[2]
 
 
 @dataclass
@@ -184,19 +106,25 @@ class ValidationBatches(MicroBatches):
     batch_size: int
     seed: int
 
+    @property
+    def _source(self) -> Source:
+        (source,) = self.sources.values()
+        return source
+
     def __len__(self) -> int:
         """Batches of each rank."""
-        samples = len(self.sources[0].validation_indices)
+        samples = len(self._source.validation_indices)
         return -(-samples // (self.batch_size * self.ranks))
 
     def __getitem__(self, number: int) -> Batch:
         """The batch of this rank; past the end of the samples it is one null document, so that ranks stay in step."""
-        source = self.sources[0]
+        source = self._source
         first = (number * self.ranks + self.rank) * self.batch_size
         indices = source.validation_indices[first : first + self.batch_size]
+        (name,) = self.sources
         if not len(indices):
             return pack([null_document(self.layout, self.tokenizer, "padding")], self.layout.image_token_id)
-        return self.batch([(source, int(index), np.random.default_rng([self.seed, int(index)])) for index in indices])
+        return self.batch([(name, int(index), np.random.default_rng([self.seed, int(index)])) for index in indices])
 
 
 @dataclass

@@ -12,14 +12,20 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader
 
 from components.batch import Batch, pack
-from components.data.micro_batches import FromStep, MicroBatches, Preparation, TrainBatches, ValidationBatches, null_document
-from components.data.order import Mixture
+from components.data.micro_batches import FromStep, MicroBatches, TrainBatches, ValidationBatches
+from components.data.order import BLOCK, Mixture, Shards
+from components.data.preparation import Preparation, null_document
+from components.data.shares import segments_of
 from components.data.sources import Source
 from components.errors import RecipeError
 from components.images import Decoding, SquareMode
 from components.tokenizer import load_tokenizer
 
 QUARANTINE = "quarantine.jsonl"
+MIN_DRAWN = 1000
+"""The share of bad samples is taken of at least so many: a few at the beginning are no verdict on a source."""
+_ORDER_VERSION = 2
+"""Of the rule by which a slot has its sample; a run continues by the rule that it began with, or not at all."""
 
 say = rank_zero_only(print)
 
@@ -37,8 +43,11 @@ class InstructionData(LightningDataModule):
         image_mode: `pad` to a square with the mean color, `crop` the center, or `squash` both sides.
         max_length: Most tokens of a document, >= 1; whole turns are dropped from its end to fit, counted in
             `train/truncated_samples`.
-        max_bad_samples: Different samples that each rank may skip because they cannot be used, listed in quarantine.jsonl, also
-            across restarts; one more ends the run.
+        max_bad_fraction: Share of the samples of each source that each rank may skip because they cannot be used, in [0, 1); of at
+            least 1000 samples. They are listed in quarantine.jsonl, also across restarts; more of them end the run.
+        fast_images: JPEGs are decoded and resized on a fast path, which rounds otherwise than LLaVA's does.
+        weight_changes: Weights from an optimizer step on, `{STEP: {SOURCE: weight}}`; sources that it does not name keep theirs. A
+            run that continues may have new ones after the step it has reached.
         num_workers: Worker processes that prepare batches, on each rank; 0 prepares them in the main process.
 
     Raises:
@@ -54,22 +63,26 @@ class InstructionData(LightningDataModule):
         decoding: Decoding = "upright",
         image_mode: SquareMode = "pad",
         max_length: int = 2048,
-        max_bad_samples: int = 0,
+        max_bad_fraction: float = 0.0,
+        fast_images: bool = False,
+        weight_changes: dict[int, dict[str, float]] | None = None,
         num_workers: int = 2,
     ) -> None:
         super().__init__()
-        if not sources or global_batch_size < 1 or max_length < 1 or seed < 0 or max_bad_samples < 0 or num_workers < 0:
+        if not sources or global_batch_size < 1 or max_length < 1 or seed < 0 or not 0 <= max_bad_fraction < 1 or num_workers < 0:
             raise RecipeError(
                 f"data: {len(sources)} sources, global_batch_size = {global_batch_size} and max_length = {max_length} must be at "
-                f"least 1, seed = {seed}, max_bad_samples = {max_bad_samples} and num_workers = {num_workers} at least 0."
+                f"least 1, seed = {seed} and num_workers = {num_workers} at least 0, max_bad_fraction = {max_bad_fraction} "
+                "in [0, 1)."
             )
         self.sources = sources
         self.global_batch_size = global_batch_size
         self.seed = seed
-        self.max_bad_samples = max_bad_samples
+        self.max_bad_fraction = max_bad_fraction
+        self.weight_changes = weight_changes or {}
         self.num_workers = num_workers
-        self.preparation = Preparation(template, decoding, image_mode, max_length)
-        self.bad_samples: set[str] = set()
+        self.preparation = Preparation(template, decoding, image_mode, max_length, fast_images)
+        self.bad_samples: set[tuple[str, str]] = set()
 
     @property
     def validation_names(self) -> list[str]:
@@ -85,6 +98,11 @@ class InstructionData(LightningDataModule):
         self.layout = model.sample_format()
         self.tokenizer = load_tokenizer(self.layout.tokenizer)
         self.preparation.try_out(self.tokenizer, self.layout)
+        for name, source in self.sources.items():
+            try:
+                self.preparation.overridden(source.overrides).try_out(self.tokenizer, self.layout)
+            except RecipeError as error:
+                raise RecipeError(f"data.sources.{name}.overrides: {error}") from error
         if stage in ("test", "predict"):  # questions alone: the sources may be elsewhere
             return
         self.micro_batches = trainer.accumulate_grad_batches
@@ -101,11 +119,21 @@ class InstructionData(LightningDataModule):
                 source.setup()
             except RecipeError as error:
                 raise RecipeError(f"data.sources.{name}: {error}") from error
-        sources = list(self.sources.values())
-        self.mixture = Mixture([source.weight for source in sources], [len(s.train_indices) for s in sources], self.seed)
+        self.mixture = self.mix()
         self.order = self._order()
         if stage == "fit":
             self._announce()
+
+    def mix(self) -> Mixture:
+        """The order of the samples; needs the sources set up.
+
+        Raises:
+            RecipeError: Shares of the sources that cannot be had.
+        """
+        shards = [Shards(source.shard_sizes, source.window) for source in self.sources.values()]
+        sizes = {name: source.num_samples for name, source in self.sources.items()}
+        segments = segments_of(self.sources, sizes, self.weight_changes, self.trainer.max_steps, self.global_batch_size)
+        return Mixture(shards, segments, self.seed)
 
     def train_dataloader(self) -> DataLoader:
         """Packed micro-batches of the whole run, from the optimizer step that the trainer has reached."""
@@ -121,7 +149,7 @@ class InstructionData(LightningDataModule):
             return [self._without_samples()]
         size = self.global_batch_size // (self.trainer.world_size * self.micro_batches)
         return [
-            self._loader(self._batches(ValidationBatches, name, batch_size=size, seed=self.seed), shuffle=False)
+            self._loader(self._batches(ValidationBatches, [name], batch_size=size, seed=self.seed), shuffle=False)
             for name in self.validation_names
         ]
 
@@ -138,24 +166,32 @@ class InstructionData(LightningDataModule):
         return DataLoader([batch], batch_size=None, num_workers=0)  # type: ignore[arg-type]
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Count the samples that could not be used, write them down, stop when they are too many."""
-        for reason in batch.bad_samples:
-            if reason in self.bad_samples:  # known from an earlier epoch or validation
+        """Write down the samples that could not be used, stop when they are too many."""
+        for name, reason in batch.bad_samples:
+            if (name, reason) in self.bad_samples:  # known from an earlier epoch or validation
                 continue
-            self.bad_samples.add(reason)
-            if len(self.bad_samples) > self.max_bad_samples:
-                allowed = f"{len(self.bad_samples)} bad samples on this rank, data.max_bad_samples = {self.max_bad_samples} allowed"
-                raise RecipeError(f"{reason}\n({allowed}; raise it to skip such samples)")
-            self.quarantine.parent.mkdir(parents=True, exist_ok=True)
-            with self.quarantine.open("a", encoding="utf-8") as file:
-                file.write(
-                    json.dumps({"step": self.trainer.global_step, "rank": self.trainer.global_rank, "reason": reason}) + "\n"
+            self.bad_samples.add((name, reason))
+            self._write_down(name, reason)
+            bad = sum(source == name for source, _ in self.bad_samples)
+            drawn = int(self.mixture.drawn(self.trainer.global_step * self.global_batch_size)[list(self.sources).index(name)])
+            drawn = max(MIN_DRAWN, drawn // self.trainer.world_size)
+            if bad > self.max_bad_fraction * drawn:
+                raise RecipeError(
+                    f"{reason}\n({bad} bad samples of {drawn} of data.sources.{name} on this rank, data.max_bad_fraction = "
+                    f"{self.max_bad_fraction:g} allowed; all are listed in {self.quarantine}. Mend or remove them, or raise it "
+                    "to skip such samples)"
                 )
         return batch
 
+    def _write_down(self, source: str, reason: str) -> None:
+        entry = {"step": self.trainer.global_step, "rank": self.trainer.global_rank, "source": source, "reason": reason}
+        self.quarantine.parent.mkdir(parents=True, exist_ok=True)
+        with self.quarantine.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
     def state_dict(self) -> dict[str, Any]:
-        """What decides the order; the position itself is the trainer's step."""
-        return {"order": self.order}
+        """What decides the order, and the position in it."""
+        return {"order": self.order, "mixture": self._shares(), "step": self.trainer.global_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse to continue in another order.
@@ -165,37 +201,48 @@ class InstructionData(LightningDataModule):
         """
         if self.trainer.state.fn != TrainerFn.FITTING:  # a validation continues from no position
             return
-        saved, now = state_dict["order"], self.order
+        step = state_dict.get("step", 0)
+        saved = state_dict["order"] | _until(step, state_dict.get("mixture", []))
+        now = self.order | _until(step, self._shares())
         changed = [f"{key}: {saved.get(key)} -> {now.get(key)}" for key in {**saved, **now} if saved.get(key) != now.get(key)]
         if changed:
             raise RecipeError(
                 "The checkpoint was written with other data, so its position in it has no meaning here:\n  "
                 + "\n  ".join(changed)
-                + "\nRestore the data, or start a new run with --run NAME and model.initial_weights."
+                + "\nRestore the data, or start a new run with --run NAME and model.initial_weights. "
+                f"Weights may change from here on: data.weight_changes with a step of {step:,} or later."
             )
 
-    def _known_bad_samples(self) -> set[str]:
+    def _known_bad_samples(self) -> set[tuple[str, str]]:
         """What this rank has written down before the run was interrupted."""
         if not self.quarantine.is_file():
             return set()
         entries = [json.loads(line) for line in self.quarantine.read_text(encoding="utf-8").splitlines()]
-        return {entry["reason"] for entry in entries if entry["rank"] == self.trainer.global_rank}
+        return {(entry["source"], entry["reason"]) for entry in entries if entry["rank"] == self.trainer.global_rank}
 
     def _order(self) -> dict[str, Any]:
         # the mixture knows the sources by their places
         order: dict[str, Any] = {
-            "seed": self.seed, "global_batch_size": self.global_batch_size, "sources": list(self.sources),
+            "rule": _ORDER_VERSION, "seed": self.seed, "global_batch_size": self.global_batch_size, "sources": list(self.sources),
         }  # fmt: skip
         for name, source in self.sources.items():
-            digest = hashlib.blake2b(source.train_indices.tobytes(), digest_size=8).hexdigest()
-            order[f"sources.{name}"] = (
-                f"weight {source.weight}, {source.fingerprint()}, {len(source.train_indices)} samples {digest}"
-            )
+            split = source.shard_sizes.tobytes() + source.validation_indices.tobytes()
+            digest = hashlib.blake2b(split, digest_size=8).hexdigest()
+            order[f"sources.{name}"] = f"{source.fingerprint()}, window {source.window}, {source.num_samples} samples {digest}"
         return order
 
-    def _batches(self, kind: Callable[..., MicroBatches], source: str | None = None, **fields: Any) -> MicroBatches:
+    def _shares(self) -> list[list[Any]]:
+        """Optimizer steps from which shares hold, with what each source then has of a block."""
+        shares = []
+        for segment in self.mixture.segments:
+            quotas = zip(self.sources, self.mixture.quotas_at(segment.first_slot).tolist(), strict=True)
+            told = ", ".join(f"{name} {quota}/{BLOCK}" for name, quota in quotas)
+            shares.append([segment.first_slot // self.global_batch_size, told])
+        return shares
+
+    def _batches(self, kind: Callable[..., MicroBatches], names: list[str] | None = None, **fields: Any) -> MicroBatches:
         return kind(
-            sources=list(self.sources.values()) if source is None else [self.sources[source]],
+            sources={name: self.sources[name] for name in names or self.sources},
             preparation=self.preparation,
             layout=self.layout,
             tokenizer=self.tokenizer,
@@ -216,11 +263,16 @@ class InstructionData(LightningDataModule):
         )
 
     def _announce(self) -> None:
-        drawn = self.trainer.max_steps * self.global_batch_size
-        total = int(self.mixture.quotas.sum())
-        for (name, source), size, quota in zip(self.sources.items(), self.mixture.sizes, self.mixture.quotas, strict=True):
-            share = int(quota) / total
+        drawn = self.mixture.drawn(self.trainer.max_steps * self.global_batch_size)
+        for (name, source), count in zip(self.sources.items(), drawn.tolist(), strict=True):
             say(
-                f"data {name}: {size:,} samples of {source.describe()}; {share:.1%} of the mixture, "
-                f"{drawn * share / size:.2f} epochs in {self.trainer.max_steps:,} steps"
+                f"data {name}: {source.num_samples:,} samples of {source.describe()}; {count / drawn.sum():.1%} of the mixture, "
+                f"{count / source.num_samples:.2f} epochs in {self.trainer.max_steps:,} steps"
             )
+        for step, shares in self._shares()[1:]:
+            say(f"data from step {step:,} on: {shares}")
+
+
+def _until(step: int, shares: list[list[Any]]) -> dict[str, str]:
+    """The shares that have decided what was drawn before an optimizer step."""
+    return {f"shares from step {first}": of for first, of in shares if first < max(step, 1)}

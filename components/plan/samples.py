@@ -8,7 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 from components.batch import IGNORE_INDEX, Document, SampleFormat
 from components.data import InstructionData, Sample, Source
-from components.data.order import BLOCK, Mixture
+from components.data.order import Mixture, Shards
+from components.data.shares import segments_of
 from components.errors import BadSample, RecipeError
 from components.plan.assumptions import Assumptions
 from components.tokenizer import load_tokenizer
@@ -83,15 +84,24 @@ class FirstSamples:
             self.no_tokenizer = f"the tokenizer {self.layout.tokenizer} is not on this machine"
         if self.tokenizer is not None:
             self.data.preparation.try_out(self.tokenizer, self.layout)
-        missing = {name: _open(source) for name, source in self.data.sources.items()}
-        sources = list(self.data.sources.values())
-        sizes = [1 if missing[name] else len(source.train_indices) for name, source in self.data.sources.items()]
-        self._mixture = Mixture([source.weight for source in sources], sizes, self.data.seed)
-        drawn = self.max_steps * self.data.global_batch_size
-        for (name, source), quota, size in zip(self.data.sources.items(), self._mixture.quotas, sizes, strict=True):
-            share = int(quota) / BLOCK
-            samples, epochs = (None, None) if missing[name] else (size, drawn * share / size)
-            self.shares.append(Share(name, source.describe(), share, samples, epochs, missing[name]))
+        data = self.data
+        missing = {name: _open(source) for name, source in data.sources.items()}
+        # what a source that is not here would draw by its epochs is not known: the same as each of the others
+        unknown = self.max_steps * data.global_batch_size // len(data.sources)
+        sizes = {
+            name: max(1, round(unknown / (source.epochs or 1))) if missing[name] else source.num_samples
+            for name, source in data.sources.items()
+        }
+        shards = [
+            Shards(np.array([sizes[name]]) if missing[name] else source.shard_sizes, source.window)
+            for name, source in data.sources.items()
+        ]
+        segments = segments_of(data.sources, sizes, data.weight_changes, self.max_steps, data.global_batch_size)
+        self._mixture = Mixture(shards, segments, data.seed)
+        drawn = self._mixture.drawn(self.max_steps * data.global_batch_size)
+        for (name, source), count in zip(data.sources.items(), drawn.tolist(), strict=True):
+            samples, epochs = (None, None) if missing[name] else (sizes[name], count / sizes[name])
+            self.shares.append(Share(name, source.describe(), count / int(drawn.sum()), samples, epochs, missing[name]))
 
     @property
     def complete(self) -> bool:
@@ -102,20 +112,21 @@ class FirstSamples:
         """The first samples of the run become documents, as training makes them. Needs all of the data."""
         assert self.tokenizer is not None
         sources = list(self.data.sources.values())
+        draws = self._mixture.draws(np.arange(MEASURED))
         for slot in range(MEASURED):
-            draw = self._mixture.draw(slot)
-            source = sources[draw.source]
-            index = int(source.train_indices[draw.index])
+            source = sources[draws.source[slot]]
+            index = int(source.train_indices(draws.number[slot : slot + 1])[0])
+            preparation = self.data.preparation.overridden(source.overrides)
             try:
                 sample = source.sample(index, self._mixture.sample_stream(slot))
-                self.prepared.append((sample, self.data.preparation.document(sample, self.tokenizer, self.layout)))
+                self.prepared.append((sample, preparation.document(sample, self.tokenizer, self.layout)))
             except BadSample as error:
                 self.bad.append(f"{source.where(index)}: {error}")
 
     def any_sample(self) -> Sample | None:
         """The first usable sample of a source that is at hand; it needs no tokenizer."""
         for share, source in zip(self.shares, self.data.sources.values(), strict=True):
-            for index in [] if share.missing else source.train_indices[:MEASURED]:
+            for index in [] if share.missing else source.train_indices(np.arange(min(MEASURED, source.num_samples))):
                 try:
                     return source.sample(int(index), np.random.default_rng(self.data.seed))
                 except BadSample:

@@ -80,9 +80,9 @@ def test_nothing_supervised():
 
 
 def test_other_image_token_and_bad_samples():
-    batch = pack([document([5, 31, 6], [IGNORE_INDEX] * 3, images=1)], image_token_id=31, bad_samples=["a.png is broken"])
+    batch = pack([document([5, 31, 6], [IGNORE_INDEX] * 3, images=1)], image_token_id=31, bad_samples=[("own", "a.png is broken")])
     assert batch.image_positions.tolist() == [1]
-    assert batch.bad_samples == ["a.png is broken"]
+    assert batch.bad_samples == [("own", "a.png is broken")]
 
 
 def test_no_documents():

@@ -166,15 +166,17 @@ def test_a_bad_sample_ends_the_run_with_its_place_and_the_remedy(
     with pytest.raises(RecipeError, match=rf"train\.jsonl.* line 4, id odd: .*{REASONS[how]}") as caught:
         transferred(data)
     message = str(caught.value)
-    assert "data.max_bad_samples = 0 allowed; raise it to skip such samples" in message
+    assert "data.max_bad_fraction = 0 allowed; all are listed in" in message
     assert "Traceback" not in message
     assert message.count("id odd") == 1, message
-    assert not (tmp_path / "quarantine.jsonl").exists()
+    (written,) = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
+    assert (written["source"], written["step"]) == ("own", 0)
+    assert written["reason"] in message
 
 
 @pytest.mark.parametrize("how", REASONS)
 def test_a_bad_sample_within_the_limit_is_skipped_and_written_down(how: str, write, pictures: str, tmp_path: Path) -> None:
-    data = opened(broken(how, write, pictures), tmp_path / "run", max_bad_samples=1, global_batch_size=10)
+    data = opened(broken(how, write, pictures), tmp_path / "run", max_bad_fraction=0.001, global_batch_size=10)
     batches = transferred(data)  # six epochs: the same bad sample again is not another one
     assert len(batches) == 6
     for batch in batches:
@@ -194,20 +196,22 @@ def test_a_bad_sample_within_the_limit_is_skipped_and_written_down(how: str, wri
 
 def test_bad_samples_count_across_restarts(write, pictures: str, tmp_path: Path) -> None:
     sources = broken("missing", write, pictures)
-    first = opened(sources, tmp_path, max_bad_samples=1, global_batch_size=10)
+    first = opened(sources, tmp_path, max_bad_fraction=0.001, global_batch_size=10)
     transferred(first)
-    again = opened(sources, tmp_path, max_bad_samples=1, global_batch_size=10)
+    again = opened(sources, tmp_path, max_bad_fraction=0.001, global_batch_size=10)
     batch = transferred(again)[0]  # the known one is not another one
     assert len((tmp_path / "quarantine.jsonl").read_text().splitlines()) == 1
-    with pytest.raises(RecipeError, match="2 bad samples on this rank, data.max_bad_samples = 1 allowed"):
-        again.on_before_batch_transfer(replace(batch, bad_samples=["another"]), 0)
-    other_rank = opened(sources, tmp_path, rank=1, ranks=2, max_bad_samples=1, global_batch_size=10)
-    other_rank.on_before_batch_transfer(replace(batch, bad_samples=["another"]), 0)  # has a count of its own
+    with pytest.raises(
+        RecipeError, match=r"2 bad samples of 1000 of data\.sources\.own on this rank, data\.max_bad_fraction = 0\.001 allowed"
+    ):
+        again.on_before_batch_transfer(replace(batch, bad_samples=[("own", "another")]), 0)
+    other_rank = opened(sources, tmp_path, rank=1, ranks=2, max_bad_fraction=0.001, global_batch_size=10)
+    other_rank.on_before_batch_transfer(replace(batch, bad_samples=[("own", "another")]), 0)  # has a count of its own
 
 
 def test_a_batch_of_nothing_but_bad_samples_is_a_batch(write, pictures: str, tmp_path: Path) -> None:
     sources = broken("missing", write, pictures)
-    data = opened(sources, tmp_path, max_bad_samples=1, global_batch_size=1)
+    data = opened(sources, tmp_path, max_bad_fraction=0.001, global_batch_size=1)
     data.trainer.max_steps = 10
     batch = next(batch for batch in transferred(data) if batch.bad_samples)
     assert batch.num_tokens == 1

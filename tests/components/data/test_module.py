@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from lightning.pytorch.trainer.states import TrainerFn
 
-from components.data import InstructionData, LlavaConversations, QuestionAnswers, Sample, ShapesWorld
+from components.data import InstructionData, LlavaConversations, Overrides, QuestionAnswers, Sample, ShapesWorld
 from components.errors import RecipeError
 from components.turns import Turn
 from tests.components.data.small_data import SHAPES, assert_equal_batches, opened, shapes
@@ -26,8 +26,8 @@ class Texts(ShapesWorld):
     def sample(self, index: int, random: np.random.Generator) -> Sample:
         return Sample(f"{self.name} {index}", [Turn("user", "how many"), Turn("assistant", "a " * (1 + index % 40))], [])
 
-    def length(self, index: int, tokens_per_image: int) -> int:
-        return 3 + index % 40
+    def estimate(self, indices: np.ndarray, tokens_per_image: int) -> np.ndarray:
+        return 3 + indices % 40
 
 
 def ids_of_steps(data: InstructionData) -> list[list[str]]:
@@ -120,7 +120,9 @@ def test_validation_sees_every_held_out_sample_once_in_as_many_batches_on_every_
     seen = [name for batches in loaders for ids in batches for name in ids if name != "padding"]
     held_out = data.sources["some"].validation_indices
     assert sorted(seen) == sorted(f"scene {index}" for index in held_out)
-    assert not {int(name.split()[1]) for name in seen} & set(data.sources["some"].train_indices.tolist())
+    assert not {int(name.split()[1]) for name in seen} & set(
+        data.sources["some"].train_indices(np.arange(data.sources["some"].num_samples)).tolist()
+    )
 
 
 def test_validation_is_the_same_every_time(tmp_path: Path) -> None:
@@ -148,7 +150,7 @@ def test_a_global_batch_that_does_not_divide_names_the_three_numbers(tmp_path: P
         ({"global_batch_size": 0}, "global_batch_size = 0"),
         ({"seed": -1}, "seed = -1"),
         ({"num_workers": -1}, "num_workers = -1"),
-        ({"max_bad_samples": -1}, "max_bad_samples = -1"),
+        ({"max_bad_fraction": 1.0}, "max_bad_fraction = 1.0"),
     ],
 )
 def test_values_that_cannot_work_are_refused_at_the_start(options: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -205,7 +207,7 @@ def test_sources_in_another_order_are_other_data(tmp_path: Path) -> None:
 def test_a_checkpoint_does_not_read_the_data_again(tmp_path: Path) -> None:
     data = opened({"a": shapes()}, tmp_path)
     expected = data.state_dict()
-    del data.sources["a"].train_indices
+    del data.sources["a"].shard_sizes
     assert data.state_dict() == expected
 
 
@@ -220,8 +222,87 @@ def _flat(call: Callable[[], None]) -> None:
 def test_start_up_says_what_the_mixture_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = opened({"a": shapes(weight=3.0), "b": shapes(num_scenes=12, seed=1)}, tmp_path)
     del data.mixture
+    data.trainer.max_steps = 125
     data.setup("fit")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("data a: 300 samples of ShapesWorld")
-    assert "75.0% of the mixture, 0.12 epochs in 6 steps" in lines[0]
-    assert "25.0% of the mixture, 1.00 epochs in 6 steps" in lines[1]
+    assert "75.0% of the mixture, 2.50 epochs in 125 steps" in lines[0]
+    assert "25.0% of the mixture, 20.83 epochs in 125 steps" in lines[1]
+
+
+# --- shares
+
+
+def test_epochs_and_samples_take_their_share_of_the_run_and_weights_the_rest(tmp_path: Path) -> None:
+    """6 steps of 500 are 3000 slots: two epochs of 300, 900 samples, and 1:4 of the other 1500."""
+    sources = {
+        "epochs": shapes(weight=None, epochs=2.0),
+        "samples": shapes(weight=None, samples=900),
+        "one": shapes(weight=1.0),
+        "four": shapes(weight=4.0),
+    }
+    data = opened(sources, tmp_path, global_batch_size=500)
+    assert data.mixture.drawn(3000).tolist() == [600, 900, 300, 1200]
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ({"a": {"weight": None, "epochs": 20.0}}, r"a ask for 6,000 samples .* 12 steps; max_steps is 6\. Set it to 12"),
+        ({"a": {"weight": None, "samples": 3000}, "b": {}}, r"leaves nothing for the sources with weights\. Raise max_steps"),
+    ],
+)
+def test_shares_that_cannot_be_had_are_refused(sources: dict[str, dict], message: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=message):
+        opened({name: shapes(**options) for name, options in sources.items()}, tmp_path, global_batch_size=500)
+
+
+def test_weights_may_change_where_the_run_has_not_been(tmp_path: Path) -> None:
+    """A change of weights is a new segment: what was drawn stays, each source goes on where it was."""
+
+    def data(step: int = 0, **options: Any) -> InstructionData:
+        return opened({"a": shapes(), "b": shapes(seed=1)}, tmp_path, global_batch_size=100, step=step, **options)
+
+    before = data(step=3)
+    state = json.loads(json.dumps(before.state_dict()))
+    changed = data(step=3, weight_changes={3: {"a": 0.1, "b": 0.9}, 5: {"a": 0.0}})
+    changed.load_state_dict(state)
+    assert changed.mixture.drawn(300).tolist() == before.mixture.drawn(300).tolist()
+    assert ids_of_steps(data(weight_changes={3: {"a": 0.1}}))[:3] == ids_of_steps(data())[:3]
+    counts = changed.mixture.drawn(600) - changed.mixture.drawn(500)
+    assert counts.tolist() == [0, 100]
+    later = json.loads(json.dumps(data(step=4, weight_changes={3: {"a": 0.1, "b": 0.9}}).state_dict()))
+    with pytest.raises(RecipeError, match=r"shares from step 3: a 100/1000, b 900/1000 -> None.*data\.weight_changes"):
+        _flat(lambda: data(step=4).load_state_dict(later))
+    with pytest.raises(RecipeError, match=r"shares from step 2: None -> a 333/1000, b 667/1000"):
+        _flat(lambda: data(step=3, weight_changes={2: {"b": 2.0}}).load_state_dict(state))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({0: {"a": 1.0}}, "step 0 must be at least 1"),
+        ({2: {"c": 1.0}}, r"2: there is no source c\. Sources: a, b"),
+        ({2: {"a": -1.0}}, r"2: a has weight -1\.0"),
+        ({2: {"b": 1.0}}, r"2: b states epochs or samples"),
+    ],
+)
+def test_changes_of_weights_that_cannot_be_made_are_refused(changes: dict, message: str, tmp_path: Path) -> None:
+    sources = {"a": shapes(), "b": shapes(weight=None, samples=5)}
+    with pytest.raises(RecipeError, match=rf"data\.weight_changes: {message}"):
+        opened(sources, tmp_path, weight_changes=changes, global_batch_size=500)
+
+
+def test_a_source_may_be_prepared_in_its_own_way(write, pictures: str, tmp_path: Path) -> None:
+    record = {"id": 1, "image": "p9.png", "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "x"}]}
+    file = write("c.json", [record])
+    plain, cropped = Overrides(template="plain"), Overrides(image_mode="crop")
+    batches = [
+        next(iter(opened({"a": LlavaConversations(file, pictures, overrides=own)}, tmp_path).train_dataloader()))
+        for own in (Overrides(), plain, cropped)
+    ]
+    assert batches[1].num_tokens < batches[0].num_tokens == batches[2].num_tokens
+    assert (batches[1].pixels == batches[0].pixels).all()
+    assert (batches[2].pixels != batches[0].pixels).any()
+    with pytest.raises(RecipeError, match=r"data\.sources\.a.*There is no template 'plane'"):
+        opened({"a": LlavaConversations(file, pictures, overrides=Overrides(template="plane"))}, tmp_path)

@@ -17,6 +17,10 @@ def random(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
+def train_indices(source: Source) -> np.ndarray:
+    return source.train_indices(np.arange(source.num_samples))
+
+
 def llava(id: Any, image: Any, *texts: str) -> dict[str, Any]:
     conversation = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
     return {"id": id, "conversations": conversation} | ({} if image is None else {"image": image})
@@ -35,7 +39,7 @@ CONVERSATIONS = [
 def test_llava_conversations(name: str, write, pictures: str) -> None:
     source = LlavaConversations(write(name, CONVERSATIONS), pictures)
     source.setup()
-    samples = [source.sample(int(index), random()) for index in source.train_indices]
+    samples = [source.sample(int(index), random()) for index in train_indices(source)]
 
     assert [sample.id for sample in samples] == ["one", "turns", "text", "two", "17"]
     assert samples[1].turns == [
@@ -51,7 +55,7 @@ def test_longer_records_are_longer_samples(write, pictures: str) -> None:
     records = [llava(0, "p1.png", "<image>\nWhat?", "word " * count) for count in (1, 100, 10)]
     source = LlavaConversations(write("train.json", records), pictures)
     source.setup()
-    short, long, middle = (source.length(index, tokens_per_image=576) for index in range(3))
+    short, long, middle = source.lengths(np.arange(3), tokens_per_image=576).tolist()
     assert 576 < short < middle < long < 576 + 300
 
 
@@ -64,7 +68,7 @@ QUESTIONS = [
 def test_questions_about_one_picture_share_a_sample(write, pictures: str) -> None:
     source = QuestionAnswers(write("train.jsonl", QUESTIONS), pictures, questions_per_sample=5)
     source.setup()
-    assert len(source.train_indices) == 3
+    assert source.num_samples == 3
     asked = {}
     for index in range(3):
         sample = source.sample(index, random())
@@ -105,9 +109,9 @@ def test_validation_holds_out_whole_pictures(write, pictures: str) -> None:
     records = many(images=400, samples=1_000)
     source = LlavaConversations(write("train.json", records), pictures, validation_fraction=0.2)
     source.setup()
-    assert sorted([*source.train_indices, *source.validation_indices]) == list(range(1_000))
+    assert sorted([*train_indices(source), *source.validation_indices]) == list(range(1_000))
     held_out = pictures_of(source, source.validation_indices)
-    assert not held_out & pictures_of(source, source.train_indices)
+    assert not held_out & pictures_of(source, train_indices(source))
     assert 0.14 < len(held_out) / 400 < 0.26
 
     again = LlavaConversations(write("train.jsonl", records[::-1]), pictures, validation_fraction=0.2)
@@ -132,7 +136,7 @@ def test_validation_of_questions_holds_out_whole_pictures(write, pictures: str) 
     source = QuestionAnswers(write("train.jsonl", rows), pictures, validation_fraction=0.3)
     source.setup()
     rows_of = [
-        np.concatenate([source.rows(int(i)) for i in part]) % 100 for part in (source.train_indices, source.validation_indices)
+        np.concatenate([source.rows(int(i)) for i in part]) % 100 for part in (train_indices(source), source.validation_indices)
     ]
     assert not set(rows_of[0]) & set(rows_of[1])
     assert len(rows_of[0]) + len(rows_of[1]) == 300
@@ -197,8 +201,11 @@ def test_missing_files_and_folders_are_named(write, pictures: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "options", [{"weight": 0.0}, {"weight": -1.0}, {"validation_fraction": 1.0}, {"validation_fraction": -0.1},
-                {"num_scenes": 0}, {"questions_per_scene": 0}, {"seed": -1}],
+    "options", [
+        {"weight": 0.0}, {"weight": -1.0}, {"weight": None}, {"epochs": 2.0}, {"weight": None, "epochs": -1.0},
+        {"weight": None, "samples": 0}, {"weight": None, "epochs": 1.0, "samples": 5}, {"validation_fraction": 1.0},
+        {"validation_fraction": -0.1}, {"num_scenes": 0}, {"questions_per_scene": 0}, {"seed": -1},
+    ],
 )  # fmt: skip
 def test_values_out_of_range_are_errors(options: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match=next(iter(options))):

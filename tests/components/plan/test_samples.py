@@ -38,10 +38,10 @@ def captions(tmp_path):
 
 def test_shares_and_epochs_of_what_is_at_hand(captions):
     gone = LlavaConversations("nowhere/captions.json", "nowhere", weight=2.0)
-    first = FirstSamples(data({"here": captions, "gone": gone, "drawn": ShapesWorld(SMALL, weight=1.0)}), LAYOUT, max_steps=10)
+    first = FirstSamples(data({"here": captions, "gone": gone, "drawn": ShapesWorld(SMALL, weight=1.0)}), LAYOUT, max_steps=125)
     assert [share.share for share in first.shares] == [0.25, 0.5, 0.25]
     assert [share.samples for share in first.shares] == [8, None, 1_000_000]
-    assert [share.epochs for share in first.shares] == [80 * 0.25 / 8, None, 80 * 0.25 / 1e6]
+    assert [share.epochs for share in first.shares] == [1000 * 0.25 / 8, None, 1000 * 0.25 / 1e6]
     assert "nowhere/captions.json" in first.shares[1].missing and not first.shares[0].missing
     assert not first.complete
     assert first.lengths(Assumptions()) is None
