@@ -2,9 +2,10 @@
 
 from components.data.module import InstructionData
 from components.data.preparation import Preparation
-from components.data.sources import LlavaConversations, Overrides, QuestionAnswers, Sample, ShapesWorld, Source
+from components.data.sources import HuggingFaceDataset, LlavaConversations, Overrides, QuestionAnswers, Sample, ShapesWorld, Source
 
 __all__ = [
+    "HuggingFaceDataset",
     "InstructionData",
     "LlavaConversations",
     "Overrides",
