@@ -90,6 +90,11 @@ class Annotations:
             self._ranges = _load_or_find_ranges(self.path, self._data)
 
 
+def cache_folder() -> Path:
+    """Where what was found out about files is kept: in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlm_recipes"
+
+
 def _map(path: Path) -> mmap.mmap:
     try:
         with path.open("rb") as file:
@@ -117,8 +122,7 @@ def _load_or_find_ranges(path: Path, data: mmap.mmap) -> Ranges:
 def _cache_file(path: Path) -> Path:
     stat = path.stat()
     identity = f"{_LAYOUT} {path.absolute()} {stat.st_size} {stat.st_mtime_ns}".encode(errors="surrogateescape")
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlm_recipes"
-    return folder / f"{hashlib.blake2b(identity, digest_size=16).hexdigest()}.npy"
+    return cache_folder() / f"{hashlib.blake2b(identity, digest_size=16).hexdigest()}.npy"
 
 
 def _save_atomically(path: Path, ranges: Ranges) -> None:

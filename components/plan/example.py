@@ -1,4 +1,4 @@
-"""Example: one sample of a recipe as the model reads it, its own where data and tokenizer are at hand."""
+"""Example: samples of a recipe as the model reads them, its own where data and tokenizer are at hand."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,22 +22,22 @@ VISUAL, SUPERVISED, CONTEXT = "visual", "supervised", "context"
 
 @dataclass(frozen=True)
 class Example:
-    """A sample and what becomes of it.
+    """Samples and what becomes of them.
 
     Args:
-        sample: As the data have it.
-        documents: The first documents of a micro-batch; the sample's before the others.
+        samples: As the data have them; at least one.
+        documents: The first documents of a micro-batch; the samples' before the others.
         micro_batch: Documents of the whole micro-batch.
-        preparation: How they were prepared.
+        preparations: How each of the samples was prepared.
         tokenizer: What split the text.
         layout: What the model expects.
         remarks: What of this is not the recipe's own; empty when everything is.
     """
 
-    sample: Sample
+    samples: list[Sample]
     documents: list[Document]
     micro_batch: int
-    preparation: Preparation
+    preparations: list[Preparation]
     tokenizer: PreTrainedTokenizerBase
     layout: SampleFormat
     remarks: list[str]
@@ -55,24 +55,27 @@ class Example:
         return [(str(kinds[start]), start, end) for start, end in pairwise(edges)]
 
 
-def example_of(first: FirstSamples, micro_batch: int) -> Example:
-    """The first sample of a run and those beside it.
+def example_of(first: FirstSamples, micro_batch: int, shown: int = 1) -> Example:
+    """The first samples of a run and those beside them.
 
-    Where data or tokenizer are not at hand, a scene of ShapesWorld and a tokenizer of its words take their places.
+    Where data or tokenizer are not at hand, scenes of ShapesWorld and a tokenizer of its words take their places.
 
     Args:
         first: What is at hand.
         micro_batch: Samples of a micro-batch, >= 1.
+        shown: Samples that are shown one by one, >= 1; a single one has a picture, if any has.
 
     Raises:
         RecipeError: There is no such template.
     """
     preparation, layout = first.data.preparation, first.layout
     if first.prepared and first.tokenizer is not None:
-        shown = next((number for number, (sample, _) in enumerate(first.prepared) if sample.images), 0)
-        order = [shown, *(number for number in range(len(first.prepared)) if number != shown)]
-        documents = [first.prepared[number][1] for number in order[: min(micro_batch, MAX_DOCUMENTS)]]
-        return Example(first.prepared[shown][0], documents, micro_batch, preparation, first.tokenizer, layout, [])
+        ordered = first.prepared
+        if shown == 1:
+            ordered = sorted(ordered, key=lambda prepared: not prepared.sample.images)
+        documents = [prepared.document for prepared in ordered[: max(shown, min(micro_batch, MAX_DOCUMENTS))]]
+        samples, preparations = ([getattr(one, part) for one in ordered[:shown]] for part in ("sample", "preparation"))
+        return Example(samples, documents, micro_batch, preparations, first.tokenizer, layout, [])
     remarks = []
     tokenizer = first.tokenizer
     if tokenizer is None:
@@ -84,14 +87,14 @@ def example_of(first: FirstSamples, micro_batch: int) -> Example:
     if sample := first.any_sample():
         try:
             document = preparation.document(sample, tokenizer, layout)
-            return Example(sample, [document], micro_batch, preparation, tokenizer, layout, remarks)
+            return Example([sample], [document], micro_batch, [preparation], tokenizer, layout, remarks)
         except BadSample:  # many bytes, each a token
             pass
     remarks.insert(0, "no sample of the data is on this machine: the program has drawn a scene")
-    drawn = [_scene(number, layout.image_size) for number in range(min(micro_batch, MAX_DOCUMENTS))]
+    drawn = [_scene(number, layout.image_size) for number in range(max(shown, min(micro_batch, MAX_DOCUMENTS)))]
     longer = Preparation(preparation.template, preparation.decoding, preparation.image_mode, max_length=10**6)
     documents = [longer.document(sample, tokenizer, layout) for sample in drawn]
-    return Example(drawn[0], documents, micro_batch, preparation, tokenizer, layout, remarks)
+    return Example(drawn[:shown], documents, micro_batch, [preparation] * shown, tokenizer, layout, remarks)
 
 
 def _scene(number: int, image_size: int) -> Sample:

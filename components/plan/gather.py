@@ -89,7 +89,7 @@ def facts_of(run: str, recipe: Any, first: FirstSamples, target: Target, first_s
         lengths=lengths,
         measured=len(first.prepared),
         measured_text=measured.text_tokens if (measured := first.measured()) else 0.0,
-        truncated=sum(document.truncated for _, document in first.prepared),
+        truncated=sum(prepared.document.truncated for prepared in first.prepared),
         bad=tuple(first.bad),
         first_stage=first_stage,
         machine=machine,

@@ -1,4 +1,4 @@
-"""One page that shows a training sample as the model reads it, and the report of the plan: HTML without anything from outside."""
+"""One page that shows training samples as the model reads them, with the report of a plan: HTML without anything from outside."""
 
 import base64
 import html
@@ -11,6 +11,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
+from components.batch import Document
 from components.errors import RecipeError
 from components.images import decode
 from components.plan.example import CONTEXT, SUPERVISED, VISUAL, Example
@@ -45,37 +46,43 @@ _CODE = {VISUAL: "visual tokens", SUPERVISED: "supervised: what the loss is take
 
 
 def page(name: str, report: str, example: Example) -> str:
-    """The name of a run, its report and its example in, an HTML page out.
+    """The name of a run, the report of its plan or nothing, and its example in, an HTML page out.
 
     Everything that comes from the recipe or the data is escaped, pictures are inside the page, and no script runs.
     """
-    document, layout = example.documents[0], example.layout
-    tokens = len(document.input_ids)
-    preparation = example.preparation
-    facts = (
-        f"{tokens} tokens by the template {preparation.template}; pictures: {preparation.image_mode} to {layout.image_size} px, "
-        f"{layout.tokens_per_image} visual tokens each"
-    )
+    number = len(example.samples)
+    title = "one training sample" if number == 1 else f"the first {number} training samples"
     body = [
-        f"<h1>{_escape(name)}: one training sample</h1>",
+        f"<h1>{_escape(name)}: {title}</h1>",
         *(f'<p class="remark">Not the recipe\'s own: {_escape(remark)}.</p>' for remark in example.remarks),
-        f"<p>{_escape(example.sample.id)}: {_escape(facts)}.</p>",
-        '<div class="pictures">',
-        *(
-            _pictures(data, pixels, layout.tokens_per_image)
-            for data, pixels in zip(example.sample.images, document.pixels, strict=True)
-        ),
-        "</div>",
-        "<h2>What the model reads</h2>",
-        "<p>" + "".join(f'<span class="key {kind}">{text}</span>' for kind, text in _CODE.items()) + "</p>",
-        f'<div class="tokens">{_tokens(example)}</div>',
-        "<h2>How it lies in a micro-batch</h2>",
+        *(part for place in range(number) for part in _sample(example, place)),
+        "<h2>How it lies in a micro-batch</h2>" if number == 1 else "<h2>How they lie in a micro-batch</h2>",
         _packed(example),
-        "<h2>The plan</h2>",
-        f"<pre>{_escape(report)}</pre>",
+        *(["<h2>The plan</h2>", f"<pre>{_escape(report)}</pre>"] if report else []),
     ]
-    head = f'<meta charset="utf-8"><title>{_escape(name)}: plan</title><style>{_STYLE}</style>'
+    head = f'<meta charset="utf-8"><title>{_escape(name)}</title><style>{_STYLE}</style>'
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(body) + "\n</body></html>\n"
+
+
+def _sample(example: Example, place: int) -> list[str]:
+    """A sample with its pictures and its tokens."""
+    sample, document, preparation = example.samples[place], example.documents[place], example.preparations[place]
+    layout = example.layout
+    facts = (
+        f"{len(document.input_ids)} tokens by the template {preparation.template}; pictures: {preparation.image_mode} to "
+        f"{layout.image_size} px, {layout.tokens_per_image} visual tokens each"
+    )
+    several = len(example.samples) > 1
+    return [
+        f"<h2>{place + 1}. {_escape(sample.id)}</h2>" if several else "",
+        f"<p>{'' if several else f'{_escape(sample.id)}: '}{_escape(facts)}.</p>",
+        '<div class="pictures">',
+        *(_pictures(data, pixels, layout.tokens_per_image) for data, pixels in zip(sample.images, document.pixels, strict=True)),
+        "</div>",
+        "<h3>What the model reads</h3>" if several else "<h2>What the model reads</h2>",
+        "<p>" + "".join(f'<span class="key {kind}">{text}</span>' for kind, text in _CODE.items()) + "</p>",
+        f'<div class="tokens">{_tokens(example, document)}</div>',
+    ]
 
 
 def write(path: Path, text: str) -> None:
@@ -109,8 +116,7 @@ def _decoded(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def _tokens(example: Example) -> str:
-    document = example.documents[0]
+def _tokens(example: Example, document: Document) -> str:
     parts = []
     for kind, start, end in example.spans(document):
         if kind == VISUAL:

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from components.batch import IGNORE_INDEX, Document, SampleFormat
-from components.data import InstructionData, Sample, Source
+from components.data import InstructionData, Preparation, Sample, Source
 from components.data.order import Mixture, Shards
 from components.data.shares import segments_of
 from components.errors import BadSample, RecipeError
@@ -58,6 +59,14 @@ class Lengths:
     origin: str
 
 
+class Prepared(NamedTuple):
+    """A sample, what becomes of it, and how."""
+
+    sample: Sample
+    document: Document
+    preparation: Preparation
+
+
 @dataclass
 class FirstSamples:
     """A recipe's data in, what is at hand of them out; nothing is fetched.
@@ -74,7 +83,7 @@ class FirstSamples:
     tokenizer: PreTrainedTokenizerBase | None = field(init=False, default=None)
     no_tokenizer: str = field(init=False, default="")
     shares: list[Share] = field(init=False, default_factory=list)
-    prepared: list[tuple[Sample, Document]] = field(init=False, default_factory=list)
+    prepared: list[Prepared] = field(init=False, default_factory=list)
     bad: list[str] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
@@ -108,18 +117,19 @@ class FirstSamples:
         """Whether every source and the tokenizer are at hand."""
         return self.tokenizer is not None and not any(share.missing for share in self.shares)
 
-    def prepare(self) -> None:
-        """The first samples of the run become documents, as training makes them. Needs all of the data."""
+    def prepare(self, count: int = MEASURED) -> None:
+        """The first `count` samples of the run become documents, as training makes them. Needs all of the data."""
         assert self.tokenizer is not None
         sources = list(self.data.sources.values())
-        draws = self._mixture.draws(np.arange(MEASURED))
-        for slot in range(MEASURED):
+        draws = self._mixture.draws(np.arange(count))
+        for slot in range(count):
             source = sources[draws.source[slot]]
             index = int(source.train_indices(draws.number[slot : slot + 1])[0])
             preparation = self.data.preparation.overridden(source.overrides)
             try:
                 sample = source.sample(index, self._mixture.sample_stream(slot))
-                self.prepared.append((sample, preparation.document(sample, self.tokenizer, self.layout)))
+                document = preparation.document(sample, self.tokenizer, self.layout)
+                self.prepared.append(Prepared(sample, document, preparation))
             except BadSample as error:
                 self.bad.append(f"{source.where(index)}: {error}")
 
@@ -150,7 +160,7 @@ class FirstSamples:
         """The mean of the samples that were prepared, or None."""
         if not self.prepared:
             return None
-        documents = [document for _, document in self.prepared]
+        documents = [prepared.document for prepared in self.prepared]
         slots = [int((document.input_ids == self.layout.image_token_id).sum()) for document in documents]
         return Lengths(
             float(np.mean([len(document.input_ids) - visual for document, visual in zip(documents, slots, strict=True)])),

@@ -130,9 +130,12 @@ class Source(ABC):
         """Numbers of samples to train on, counted shard by shard, in; their indices out."""
         return self._train_indices[numbers]
 
-    @abstractmethod
     def open(self) -> UInt64[np.ndarray, " samples"]:
-        """Open the files; returns one number for each sample, equal for samples that show the same picture."""
+        """Open the files; returns one number for each sample, equal for samples that show the same picture.
+
+        A source whose samples are split elsewhere has a `setup` of its own instead.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def sample(self, index: int, random: np.random.Generator) -> Sample:

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 from html.parser import HTMLParser
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from components.batch import IGNORE_INDEX, SampleFormat
-from components.data import InstructionData, LlavaConversations, ShapesWorld
+from components.data import InstructionData, LlavaConversations, Overrides, ShapesWorld
 from components.errors import RecipeError
 from components.plan.example import CONTEXT, SUPERVISED, VISUAL, example_of
 from components.plan.render import page, token_texts, write
@@ -80,9 +81,9 @@ def test_the_page_shows_what_is_read_and_what_is_supervised():
     assert example.remarks == []
     reader = Reader(page("run", "the report", example))
     document, tokenizer = example.documents[0], first.tokenizer
-    answers = [turn.text for turn in example.sample.turns if turn.role == "assistant"]
+    answers = [turn.text for turn in example.samples[0].turns if turn.role == "assistant"]
     assert reader.said(SUPERVISED) == "".join(f" {answer}</s>" for answer in answers)
-    questions = [turn.text.replace("<image>\n", "") for turn in example.sample.turns if turn.role == "user"]
+    questions = [turn.text.replace("<image>\n", "") for turn in example.samples[0].turns if turn.role == "user"]
     assert all(question in reader.said(CONTEXT) for question in questions)
     assert reader.said(VISUAL) == "4 visual tokens"
     supervised = [kind for kind, _ in reader.spans].count(SUPERVISED)
@@ -126,7 +127,7 @@ def test_a_scene_takes_the_place_of_data_that_are_elsewhere(template):
     assert "no sample" in example.remarks[0] and len(example.documents) == 2
     assert any("brief" in remark for remark in example.remarks) == (template == "chat_template")
     reader = Reader(page("run", "", example))
-    assert example.sample.turns[1].text in reader.said(SUPERVISED)
+    assert example.samples[0].turns[1].text in reader.said(SUPERVISED)
     assert ("Respond" in reader.text or "<<SYS>>" in reader.said(CONTEXT)) == (template == "llama_2")
 
 
@@ -153,3 +154,27 @@ def test_a_page_that_cannot_be_written_is_told(tmp_path):
         write(tmp_path / "file" / "page.html", "")
     write(tmp_path / "new" / "page.html", "x")
     assert (tmp_path / "new" / "page.html").read_text() == "x"
+
+
+def test_several_samples_are_shown_as_they_are_trained():
+    first = first_samples({"drawn": ShapesWorld(Setting(grid=2, max_objects=2, image_size=16))})
+    reader = Reader(page("run", "", example_of(first, 3, shown=3)))
+    assert "the first 3 training samples" in reader.text and "The plan" not in reader.text
+    answers = [turn.text for prepared in first.prepared[:3] for turn in prepared.sample.turns if turn.role == "assistant"]
+    assert reader.said(SUPERVISED) == "".join(f" {answer}</s>" for answer in answers)
+    towers = [image.transpose(2, 0, 1) for image in reader.images[1::2]]
+    np.testing.assert_array_equal(np.stack(towers), np.concatenate([prepared.document.pixels for prepared in first.prepared[:3]]))
+    assert "The first 3 of 3 documents, end to end" in reader.text
+
+
+def test_each_sample_says_how_it_was_prepared():
+    first = first_samples(
+        {
+            "drawn": ShapesWorld(Setting(grid=2, max_objects=2, image_size=16)),
+            "squashed": ShapesWorld(Setting(grid=2, max_objects=2, image_size=16), overrides=Overrides(image_mode="squash")),
+        }
+    )
+    modes = [prepared.preparation.image_mode for prepared in first.prepared[:8]]
+    assert set(modes) == {"pad", "squash"}
+    text = Reader(page("run", "", example_of(first, 8, shown=8))).text
+    assert re.findall(r"pictures: (\w+) to 16 px", text) == modes

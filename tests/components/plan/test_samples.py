@@ -53,10 +53,10 @@ def test_the_mean_sample_is_that_of_the_documents_training_makes():
     first.prepare()
     assert len(first.prepared) == MEASURED and first.complete
     lengths = first.lengths(Assumptions())
-    ids = [document.input_ids for _, document in first.prepared]
+    ids = [prepared.document.input_ids for prepared in first.prepared]
     assert lengths.text_tokens == pytest.approx(np.mean([(row != LAYOUT.image_token_id).sum() for row in ids]))
     assert lengths.supervised_tokens == pytest.approx(
-        np.mean([(document.labels != IGNORE_INDEX).sum() for _, document in first.prepared])
+        np.mean([(prepared.document.labels != IGNORE_INDEX).sum() for prepared in first.prepared])
     )
     assert 0 < lengths.supervised_tokens < lengths.text_tokens
     assert lengths.images_per_sample == 1
@@ -67,7 +67,7 @@ def test_samples_are_drawn_as_training_draws_them(captions):
     drawn = data({"here": captions, "drawn": ShapesWorld(SMALL, weight=1.0)})
     first = FirstSamples(drawn, LAYOUT, max_steps=10)
     first.prepare()
-    kinds = ["scene" in sample.id for sample, _ in first.prepared]
+    kinds = ["scene" in prepared.sample.id for prepared in first.prepared]
     assert 0 < sum(kinds) < len(kinds)
     assert len(first.bad) + len(first.prepared) == MEASURED
     assert first.bad and all("2.png" in reason for reason in first.bad)
