@@ -1,8 +1,7 @@
 """The order of the data as pure functions: slot -> (source, epoch, sample), and a step's slots -> ranks and micro-batches.
 
 Position in the data is one integer, the slot: optimizer step k with global batch G is exactly the slots [kG, (k+1)G), for any
-number of ranks. What is shuffled is shuffled by keyed bijections in 64-bit integers (Black and Rogaway 2002, "Ciphers with
-arbitrary finite domains"), so that no permutation of samples is held in memory and no library can change the order.
+number of ranks.
 """
 
 import heapq
@@ -11,96 +10,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
-from jaxtyping import Int64, UInt64
+from jaxtyping import Int64
 
+from components.data.permutation import key_of, mix, permute, shuffled
 from components.errors import RecipeError
 
 BLOCK = 1000
 """Slots in which the weights of a mixture hold exactly."""
 
 _PATTERN, _SHARDS, _SAMPLE, SCENE, _MEMBERS = range(5)  # what randomness decides: no two purposes share any
-_ROUNDS = 3  # of two halves each: measured, no deviation from uniform shows for more than 64 samples
-_SORTED = 64  # samples up to which hashes are compared: a Feistel network of so few is not uniform
 _PIECE = 8192  # slots worked on at once: bounds the memory of a look-up
-_WORD = 2**64 - 1
-# of one word each: with a single slot, numpy is faster by two thirds with arrays than with numbers
-_GAMMA, _FIRST, _SECOND = np.array([[0x9E3779B97F4A7C15], [0xBF58476D1CE4E5B9], [0x94D049BB133111EB]], dtype=np.uint64)
-_27, _30, _31, _32 = np.array([[27], [30], [31], [32]], dtype=np.uint64)
-_HALF_ROUNDS = np.arange(2 * _ROUNDS, dtype=np.uint64)[:, None] * _GAMMA
-_OTHERS = np.arange(_SORTED, dtype=np.uint64)
 
 
 def stream(seed: int, purpose: int, *position: int) -> np.random.Generator:
     """A random generator that depends on nothing but its arguments."""
     entropy = np.random.SeedSequence([seed, purpose, *position])
     return np.random.Generator(np.random.Philox(entropy))
-
-
-def _mix(words: UInt64[np.ndarray, "*n"]) -> UInt64[np.ndarray, "*n"]:
-    """A bijection of 64-bit words whose results look random: SplitMix64 (Steele, Lea and Flood 2014)."""
-    words = (words ^ (words >> _30)) * _FIRST
-    words = (words ^ (words >> _27)) * _SECOND
-    return words ^ (words >> _31)
-
-
-def _key(*parts: int | np.ndarray) -> UInt64[np.ndarray, " n"]:
-    """One key for each position of what is listed; numbers hold for all of them."""
-    key = np.zeros(1, dtype=np.uint64)
-    for part in parts:
-        word = part & _WORD if isinstance(part, int) else part.astype(np.uint64)
-        key = _mix(key + _GAMMA + word)
-    return key
-
-
-def _shuffled(key: UInt64[np.ndarray, " 1"], size: int) -> Int64[np.ndarray, " size"]:
-    """The numbers below a size in the order of their hashes, which never tie."""
-    return np.argsort(_mix(key + np.arange(size, dtype=np.uint64) * _GAMMA))
-
-
-def permute(
-    keys: UInt64[np.ndarray, " n"], sizes: UInt64[np.ndarray, " n"], places: UInt64[np.ndarray, " n"]
-) -> UInt64[np.ndarray, " n"]:
-    """Where each place in [0, size) goes in the permutation of its key.
-
-    Args:
-        keys: Decide the permutations.
-        sizes: How many are permuted, >= 1.
-        places: In [0, size).
-    """
-    few = sizes <= _SORTED
-    if few.all():
-        return _by_rank(keys, sizes, places)
-    if not few.any():
-        return _feistel(keys, sizes, places)
-    result = np.empty_like(places)
-    for those, bijection in ((few, _by_rank), (~few, _feistel)):
-        result[those] = bijection(keys[those], sizes[those], places[those])
-    return result
-
-
-def _by_rank(
-    keys: UInt64[np.ndarray, " n"], sizes: UInt64[np.ndarray, " n"], places: UInt64[np.ndarray, " n"]
-) -> UInt64[np.ndarray, " n"]:
-    """The rank of a place's hash among all hashes of its permutation."""
-    before = _mix(keys[:, None] + _OTHERS * _GAMMA) < _mix(keys + places * _GAMMA)[:, None]
-    return (before & (sizes[:, None] > _OTHERS)).sum(1).astype(np.uint64)
-
-
-def _feistel(
-    keys: UInt64[np.ndarray, " n"], sizes: UInt64[np.ndarray, " n"], places: UInt64[np.ndarray, " n"]
-) -> UInt64[np.ndarray, " n"]:
-    """A place as (row, column) of a table barely larger than the size; each is moved in turn by a hash of the other."""
-    rows = np.sqrt(sizes).astype(np.uint64) + 1
-    columns = (sizes + rows - 1) // rows
-    row, column = np.divmod(places, columns)
-    for even, odd in zip(_HALF_ROUNDS[::2], _HALF_ROUNDS[1::2], strict=True):
-        row = (row + (_mix(keys + even + column) >> _32)) % rows
-        column = (column + (_mix(keys + odd + row) >> _32)) % columns
-    moved = row * columns + column
-    outside = moved >= sizes
-    if outside.any():  # a cell of the table past the end: walk on until it is inside
-        moved[outside] = _feistel(keys[outside], sizes[outside], moved[outside])
-    return moved
 
 
 def _groups(values: Int64[np.ndarray, " n"]) -> Iterator[tuple[int, np.ndarray | slice]]:
@@ -170,7 +95,7 @@ class _SourceOrder:
     def __post_init__(self) -> None:
         self.size = int(self.shards.sizes.sum())
         self._starts = np.cumsum(self.shards.sizes) - self.shards.sizes
-        self._members = _key(self.seed, _MEMBERS, self.source)
+        self._members = key_of(self.seed, _MEMBERS, self.source)
         self._epoch: tuple[int, np.ndarray, np.ndarray, np.ndarray] | None = None
 
     def epochs_and_numbers(self, draws: Int64[np.ndarray, " n"]) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
@@ -199,13 +124,13 @@ class _SourceOrder:
         sizes: Int64[np.ndarray, " n"],
         places: Int64[np.ndarray, " n"],
     ) -> Int64[np.ndarray, " n"]:
-        keys = _mix(_mix(self._members + epochs.view(np.uint64)) + windows.view(np.uint64))
+        keys = mix(mix(self._members + epochs.view(np.uint64)) + windows.view(np.uint64))
         return permute(keys, sizes.view(np.uint64), places.view(np.uint64)).view(np.int64)
 
     def _shuffled_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Order of the shards in an epoch, where each ends, and where windows begin and end. 16 bytes a shard."""
         if self._epoch is None or self._epoch[0] != epoch:
-            order = _shuffled(_key(self.seed, _SHARDS, self.source, epoch), len(self.shards.sizes))
+            order = shuffled(key_of(self.seed, _SHARDS, self.source, epoch), len(self.shards.sizes))
             ends = np.cumsum(self.shards.sizes[order])
             windows = np.concatenate([[0], ends[self.shards.window - 1 : -1 : self.shards.window], ends[-1:]])
             self._epoch = (epoch, order, ends, windows)
@@ -259,6 +184,8 @@ class Mixture:
         self._firsts = np.array([segment.first_slot for segment in self.segments], dtype=np.int64)
         if self._firsts[0] or (np.diff(self._firsts) <= 0).any():
             raise ValueError(f"Segments of a mixture begin at slot 0 and ascend; these begin at {self._firsts.tolist()}.")
+        if any(len(segment.weights) != len(self.shards) for segment in self.segments):
+            raise ValueError(f"A mixture of {len(self.shards)} sources needs as many weights in each segment.")
         self._quotas = np.stack([_quotas(segment.weights) for segment in self.segments])
         self._sources = [_SourceOrder(shards, self.seed, number) for number, shards in enumerate(self.shards)]
         for number, source in enumerate(self._sources):
@@ -310,7 +237,7 @@ class Mixture:
         """Sources in the block that begins at a slot, and how many times each occurred before within it."""
         if first not in self._blocks:
             quotas = self._quotas[segment]
-            pattern = np.repeat(np.arange(len(quotas)), quotas)[_shuffled(_key(self.seed, _PATTERN, first), BLOCK)]
+            pattern = np.repeat(np.arange(len(quotas)), quotas)[shuffled(key_of(self.seed, _PATTERN, first), BLOCK)]
             ranks = np.empty_like(pattern)
             ranks[np.argsort(pattern, kind="stable")] = np.arange(BLOCK) - np.repeat(np.cumsum(quotas) - quotas, quotas)
             while len(self._blocks) >= 16:  # as many as a step touches, and few
@@ -330,11 +257,20 @@ def deal(lengths: list[int], ranks: int, micro_batches: int) -> list[list[list[i
     Returns:
         `[micro_batch][rank]` -> numbers of the samples, in ascending order; none is empty.
     """
-    bins: list[tuple[int, int, list[int]]] = [(0, number, []) for number in range(ranks * micro_batches)]
+    hands: list[tuple[int, int, list[int]]] = [(0, number, []) for number in range(ranks * micro_batches)]
     for sample in sorted(range(len(lengths)), key=lambda sample: (-lengths[sample], sample)):
-        load, number, samples = bins[0]
+        load, number, samples = hands[0]
         samples.append(sample)
-        heapq.heapreplace(bins, (load + max(lengths[sample], 1), number, samples))
-    # ranks wait for one another in every micro-batch: bins of similar load share one
-    by_load = [sorted(samples) for _, _, samples in sorted(bins, reverse=True)]
-    return [by_load[first : first + ranks] for first in range(0, len(by_load), ranks)]
+        heapq.heapreplace(hands, (load + max(lengths[sample], 1), number, samples))
+    # ranks wait for one another in every micro-batch: hands of similar load share one
+    hands.sort(reverse=True)
+    dealt = []
+    carried = [0] * ranks
+    for first in range(0, len(hands), ranks):
+        micro_batch: list[list[int]] = [[]] * ranks
+        # nodes of a hybrid mesh wait for one another once in a step: who carries least so far takes the longest hand
+        for rank, hand in zip(sorted(range(ranks), key=carried.__getitem__), hands[first : first + ranks], strict=True):
+            carried[rank] += hand[0]
+            micro_batch[rank] = sorted(hand[2])
+        dealt.append(micro_batch)
+    return dealt
