@@ -67,6 +67,7 @@ class ShardIndex:
         names: Paths or urls of the shards, in the order of the index.
         bytes: Size of each shard when it was audited.
         sizes: Samples of each shard.
+        digests: Of the rows of each shard.
         fingerprint: Hash of the names, sizes and rows of all shards.
     """
 
@@ -76,9 +77,11 @@ class ShardIndex:
         names: list[str],
         bytes: Int64[np.ndarray, " shards"],
         sizes: Int64[np.ndarray, " shards"],
+        digests: list[str],
         fingerprint: str,
     ) -> None:
-        self.folder, self.names, self.bytes, self.sizes, self.fingerprint = folder, names, bytes, sizes, fingerprint
+        self.folder, self.names, self.bytes, self.sizes = folder, names, bytes, sizes
+        self.digests, self.fingerprint = digests, fingerprint
         self._files = names_in_index(names)
         self._rows: OrderedDict[int, np.ndarray] = OrderedDict()
 
@@ -94,7 +97,8 @@ class ShardIndex:
         hashed = hashlib.blake2b(digest_size=16)
         for name in ("names", "bytes", "samples", "digests"):
             hashed.update(summary[name].tobytes())
-        index = cls(folder, sorted(shards), summary["bytes"], summary["samples"], hashed.hexdigest())
+        digests = summary["digests"].tobytes().decode().split("\n")
+        index = cls(folder, sorted(shards), summary["bytes"], summary["samples"], digests, hashed.hexdigest())
         index._check_names(summary["names"].tobytes())
         return index
 
@@ -122,7 +126,7 @@ class ShardIndex:
         if shard in self._rows:
             self._rows.move_to_end(shard)
             return self._rows[shard]
-        path = _file(self.folder, self._files[shard], "rows.npy")
+        path = self.file(shard, "rows.npy")
         rows = _load_rows(path)
         if rows is None or len(rows) != self.sizes[shard]:
             raise RecipeError(f"{path}, the rows of shard {self.names[shard]}, is missing or damaged. Run {_COMMAND} again.")
@@ -130,6 +134,10 @@ class ShardIndex:
             self._rows.popitem(last=False)
         self._rows[shard] = rows
         return rows
+
+    def file(self, shard: int, suffix: str) -> Path:
+        """The file of a shard in the folder of the index: `00000.SUFFIX`."""
+        return _file(self.folder, self._files[shard], suffix)
 
     def check(self, shard: int, storage: Storage) -> None:
         """Compare the size of a shard with the audited one.

@@ -5,7 +5,7 @@ Source: the webdataset convention (github.com/webdataset/webdataset): consecutiv
 
 import hashlib
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -64,8 +64,16 @@ def span(row: np.void) -> tuple[int, int]:
     return start, max(image + int(row["image_size"]), text + int(row["text_size"])) - start
 
 
-def read_sample(storage: Storage, url: str, row: np.void) -> tuple[bytes, str]:
-    """A shard and the row of a sample in, its encoded picture and its caption out: one read.
+class Pair(NamedTuple):
+    """A sample: its key, its encoded picture and its caption."""
+
+    key: str
+    image: bytes
+    caption: str
+
+
+def read_sample(storage: Storage, url: str, row: np.void) -> Pair:
+    """A shard and the row of a sample in, the sample out: one read.
 
     Raises:
         RecipeError: The shard cannot be read, or does not hold this sample there any longer.
@@ -77,7 +85,7 @@ def read_sample(storage: Storage, url: str, row: np.void) -> tuple[bytes, str]:
         entry.offset + start: entry for entry in walk(lambda at, count: data[at : at + count], size) if isinstance(entry, Member)
     }
     image = int(row["image_offset"])
-    contents = []
+    contents, key = [], ""
     for offset, count in ((image, int(row["image_size"])), (image + int(row["text_offset"]), int(row["text_size"]))):
         member = members.get(offset)
         if member is None or member.size != count or hash_key(split_name(member.name)[0]) != int(row["key"]):
@@ -86,8 +94,9 @@ def read_sample(storage: Storage, url: str, row: np.void) -> tuple[bytes, str]:
                 f"{url} changed after its index was made: at byte {offset} it holds {found}. "
                 "Run python main.py index --shards ... again."
             )
+        key = split_name(member.name)[0]
         contents.append(data[offset - start : offset - start + count])
-    return contents[0], caption(contents[1], bool(int(row["flags"]) & JSON_CAPTION))
+    return Pair(key, contents[0], caption(contents[1], bool(int(row["flags"]) & JSON_CAPTION)))
 
 
 def read_caption(storage: Storage, url: str, row: np.void) -> str:
