@@ -124,7 +124,7 @@ class _SourceOrder:
         sizes: Int64[np.ndarray, " n"],
         places: Int64[np.ndarray, " n"],
     ) -> Int64[np.ndarray, " n"]:
-        keys = mix(mix(self._members + epochs.view(np.uint64)) + windows.view(np.uint64))
+        keys = mix(self._members + epochs.view(np.uint64)) + windows.view(np.uint64)
         return permute(keys, sizes.view(np.uint64), places.view(np.uint64)).view(np.int64)
 
     def _shuffled_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

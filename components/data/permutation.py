@@ -43,10 +43,11 @@ def permute(
     """Where each place in [0, size) goes in the permutation of its key.
 
     Args:
-        keys: Decide the permutations.
+        keys: Decide the permutations; those of any two keys are independent.
         sizes: How many are permuted, >= 1.
         places: In [0, size).
     """
+    keys = mix(keys)  # so that keys close to one another do not lead to permutations alike
     few = sizes <= _SORTED
     if few.all():
         return _by_rank(keys, sizes, places)

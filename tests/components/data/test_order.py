@@ -85,6 +85,152 @@ def test_the_seed_decides_the_order_and_what_is_random_in_samples() -> None:
     assert len({one.sample_stream(slot).random() for slot in range(100)} | {other.sample_stream(9).random()}) == 101
 
 
+def cases(count: int) -> list[np.random.Generator]:
+    """Sources of randomness for properties, one a case: the number of a case that fails is in pytest's output."""
+    return [np.random.default_rng([2026, number]) for number in range(count)]
+
+
+def some_mixture(random: np.random.Generator, largest: int = 40) -> Mixture:
+    """One to four sources of few shards, some of them empty, any windows, one to three segments of uneven length."""
+    sources = int(random.integers(1, 5))
+    shards = []
+    for _ in range(sources):
+        sizes = random.integers(0, largest, random.integers(1, 12)) * (random.random() < 0.8)
+        sizes[random.integers(len(sizes))] += random.integers(1, 150)
+        shards.append(Shards(sizes, window=int(random.integers(1, 6))))
+    firsts = np.cumsum([0, *random.integers(1, 2_500, random.integers(0, 3))])
+    segments = []
+    for first in firsts.tolist():
+        weights = random.integers(0, 20, sources)
+        weights[random.integers(sources)] += 1
+        segments.append(Segment(first, tuple(weights.astype(float).tolist())))
+    return Mixture(shards, segments, seed=int(random.integers(2**32)))
+
+
+@pytest.mark.parametrize("random", cases(20))
+def test_every_epoch_of_every_source_exactly_once_over_any_segments(random: np.random.Generator) -> None:
+    """Draws of a source, in the order of slots, walk its epochs one after another; a cut anywhere is a prefix of that walk."""
+    mixed = some_mixture(random)
+    draws = mixed.draws(np.arange(int(random.integers(3_000, 6_000))))
+    for source, shards in enumerate(mixed.shards):
+        size = shards.sizes.sum()
+        mine = draws.source == source
+        assert (draws.epoch[mine] == np.arange(mine.sum()) // size).all()
+        whole = mine.sum() // size * size
+        epochs = draws.number[mine][:whole].reshape(-1, size)
+        assert (np.sort(epochs, 1) == np.arange(size)).all()
+        rest = draws.number[mine][whole:]
+        assert len(set(rest.tolist())) == len(rest)
+        assert len(rest) == 0 or (rest.min() >= 0 and rest.max() < size)
+
+
+@pytest.mark.parametrize("random", cases(12))
+def test_shares_hold_in_every_block_of_every_segment(random: np.random.Generator) -> None:
+    mixed = some_mixture(random)
+    firsts = [segment.first_slot for segment in mixed.segments]
+    for segment, first, end in zip(mixed.segments, firsts, [*firsts[1:], firsts[-1] + 3_500], strict=True):
+        weights = np.array(segment.weights)
+        assert (abs(mixed.quotas_at(first) - weights / weights.sum() * BLOCK) < 1).all()
+        assert (mixed.quotas_at(end - 1) == mixed.quotas_at(first)).all()
+        for block in range(first, end - BLOCK + 1, BLOCK):
+            drawn = np.bincount(mixed.draws(np.arange(block, block + BLOCK)).source, minlength=len(weights))
+            assert (drawn == mixed.quotas_at(block)).all()
+
+
+@pytest.mark.parametrize("random", cases(12))
+def test_any_batching_of_slots_in_any_order_gives_the_same_draws(random: np.random.Generator) -> None:
+    mixed = some_mixture(random)
+    sequential = rows(mixed.draws(np.arange(4_000)))
+    slots = random.permutation(4_000)[:1_000]
+    cuts = np.sort(random.integers(0, 1_000, 10))
+    fresh = Mixture(mixed.shards, mixed.segments, mixed.seed)
+    assert [row for some in np.split(slots, cuts) for row in rows(fresh.draws(some))] == [sequential[slot] for slot in slots]
+    doubled = np.repeat(slots[:20], 2)
+    assert rows(fresh.draws(doubled)) == [sequential[slot] for slot in doubled]
+
+
+@pytest.mark.parametrize("random", cases(5))
+def test_far_slots_follow_from_draws_before_them(random: np.random.Generator) -> None:
+    """Random access to slot 10^9 against counting: complete blocks hold their quota, so a source has drawn exactly so often."""
+    mixed = some_mixture(random)
+    last = mixed.segments[-1].first_slot
+    before = np.bincount(mixed.draws(np.arange(last)).source, minlength=len(mixed.shards))
+    blocks = 10**6
+    draws = mixed.draws(np.arange(last + blocks * BLOCK, last + (blocks + 1) * BLOCK))
+    for source, shards in enumerate(mixed.shards):
+        first = before[source] + blocks * mixed.quotas_at(last)[source]
+        mine = draws.source == source
+        assert (draws.epoch[mine] == (first + np.arange(mine.sum())) // shards.sizes.sum()).all()
+
+
+def test_more_slots_than_are_worked_on_at_once() -> None:
+    mixed = mixture([Shards(np.full(50, 100), window=4)], 1.0)
+    whole = mixed.draws(np.arange(20_000))
+    assert rows(whole) == [row for first in range(0, 20_000, 1_000) for row in rows(mixed.draws(np.arange(first, first + 1_000)))]
+
+
+@pytest.mark.parametrize("random", cases(40))
+def test_windows_follow_one_another_and_span_no_more_shards_than_they_may(random: np.random.Generator) -> None:
+    sizes = random.integers(0, 30, random.integers(2, 40))
+    sizes[0] += 1
+    window = int(random.integers(1, 10))
+    draws = mixture([Shards(sizes, window)], 1.0, seed=int(random.integers(99))).draws(np.arange(2 * sizes.sum()))
+    shards = np.repeat(np.arange(len(sizes)), sizes)[draws.number].reshape(2, -1)
+    for shard in shards:
+        last = {number: place for place, number in enumerate(shard.tolist())}
+        together: set[int] = set()  # shards begun since all that were begun before were read to their end
+        for place, number in enumerate(shard.tolist()):
+            together.add(number)
+            assert len(together) <= window
+            if place == max(last[number] for number in together):
+                together = set()
+        assert not together
+
+
+def test_epochs_shuffle_the_shards_and_the_members_anew() -> None:
+    sizes = np.full(60, 20)
+    draws = mixture([Shards(sizes, window=6)], 1.0, seed=5).draws(np.arange(3 * 1_200))
+    epochs = draws.number.reshape(3, 1_200)
+    windows = [[epoch[first : first + 120] // 20 for first in range(0, 1_200, 120)] for epoch in epochs]
+    together = [{frozenset(window.tolist()) for window in of} for of in windows]
+    assert all(len(window) == 6 for of in together for window in of)
+    assert all((np.diff(window) == 0).mean() < 0.4 for of in windows for window in of)  # not one shard after the other
+    for one, other in ((0, 1), (1, 2), (0, 2)):
+        assert (epochs[one] == epochs[other]).mean() < 0.02
+        assert not together[one] & together[other]  # other shards share a window
+
+
+@pytest.mark.parametrize("random", cases(10))
+def test_ranks_and_micro_batches_share_a_step_whatever_the_world_size(random: np.random.Generator) -> None:
+    global_batch = 4 * int(random.integers(1, 9)) * 4
+    mixed = some_mixture(random)
+    step = int(random.integers(50))
+    slots = np.arange(step * global_batch, (step + 1) * global_batch)
+    expected = sorted(rows(mixed.draws(slots)))
+    lengths = (mixed.draws(slots).number * 7 % 900 + 20).tolist()
+    for ranks in (1, 2, 4):
+        for micro_batches in {1, 2, 4, global_batch // ranks}:
+            fresh = [Mixture(mixed.shards, mixed.segments, mixed.seed) for _ in range(ranks)]
+            union = []
+            for rank in range(ranks):  # each rank deals for itself and reads its own hands alone
+                hands = [hands[rank] for hands in deal(list(lengths), ranks, micro_batches)]
+                assert all(hands)
+                union += [row for hand in hands for row in rows(fresh[rank].draws(slots[hand]))]
+            assert sorted(union) == expected
+
+
+def test_the_order_of_a_seed_never_changes() -> None:
+    """Runs resume by this order. Whatever changes it must be seen here, not in a continued run."""
+    shards = [Shards(np.array([40, 0, 25, 35, 300, 20]), window=2), *unsharded(50, 1_000_000)]
+    mixed = Mixture(shards, [Segment(0, (0.5, 0.3, 0.2)), Segment(2_500, (0.0, 1.0, 1.0))], seed=42)
+    expected = {
+        0: (0, 0, 405), 1: (2, 0, 187840), 2: (0, 0, 271), 999: (0, 1, 256), 1_000: (0, 1, 238), 2_499: (0, 2, 84),
+        2_500: (2, 0, 903581), 2_501: (2, 0, 76646), 123_456_789: (2, 61, 167727), 10**12 + 3: (1, 9999999990, 43),
+    }  # fmt: skip
+    assert {slot: rows(mixed.draws(np.array([slot])))[0] for slot in expected} == expected
+    assert mixed.sample_stream(5).integers(2**32, size=3).tolist() == [4172699241, 2443773240, 3550152152]
+
+
 def lengths_like_llava(count: int, seed: int) -> list[int]:
     """Most samples hold a picture and a few turns; some are much longer, some text only."""
     draws = np.random.default_rng(seed)
