@@ -123,6 +123,8 @@ class ShardIndex:
         Raises:
             RecipeError: They are missing or damaged.
         """
+        if self.sizes[shard] == 0:  # a shard that could not be read has no file
+            return np.empty(0, ROW)
         if shard in self._rows:
             self._rows.move_to_end(shard)
             return self._rows[shard]

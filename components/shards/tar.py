@@ -94,8 +94,8 @@ def walk(read: Callable[[int, int], bytes], size: int) -> Iterator[Member | Prob
         try:
             header = _parse(block)
         except _BadHeader as error:
-            after = _next_header(read, at + BLOCK, size)
-            problem = _between(read, at, after, size, block, str(error))
+            after, data = _next_header(read, at + BLOCK, size)
+            problem = _between(at, after, data, size, block, str(error))
             if problem:
                 yield problem
             if after is None:
@@ -110,7 +110,7 @@ def walk(read: Callable[[int, int], bytes], size: int) -> Iterator[Member | Prob
         if header.kind in _WITHOUT_DATA or (header.kind == b"\0" and name.endswith("/")):
             length = 0
         if content + length > size:
-            after = _next_header(read, content, size)
+            after, _ = _next_header(read, content, size)
             if after is None:
                 missing = content + length - size
                 yield Problem("truncated", name, at, f"the archive ends {missing} bytes before the end of its last member")
@@ -190,32 +190,34 @@ def _padded(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
 
 
-def _next_header(read: Callable[[int, int], bytes], start: int, size: int) -> int | None:
-    """Where the next block with a valid checksum stands."""
-    for piece in range(start, size - BLOCK + 1, _PIECE):
-        blocks = np.frombuffer(read(piece, min(_PIECE, (size - piece) // BLOCK * BLOCK)), np.uint8).reshape(-1, BLOCK)
+def _next_header(read: Callable[[int, int], bytes], start: int, size: int) -> tuple[int | None, bool]:
+    """Where the next block with a valid checksum stands, and whether there is anything but zeros before it."""
+    data = False
+    for piece in range(start, size, _PIECE):
+        content = np.frombuffer(read(piece, min(_PIECE, size - piece)), np.uint8)
+        if not content.any():
+            continue
+        data = True
+        blocks = content[: len(content) // BLOCK * BLOCK].reshape(-1, BLOCK)
         digits = blocks[:, 148:156]
-        likely = _MAY_STAND_IN_A_CHECKSUM[digits].all(1) & digits.any(1)
-        for number in np.flatnonzero(likely):
+        for number in np.flatnonzero(_MAY_STAND_IN_A_CHECKSUM[digits].all(1) & digits.any(1)):
             try:
                 _parse(blocks[number].tobytes())
             except _BadHeader:
                 continue
-            return piece + int(number) * BLOCK
-    return None
+            return piece + int(number) * BLOCK, data
+    return None, data
 
 
-def _between(read: Callable[[int, int], bytes], at: int, after: int | None, size: int, block: bytes, reason: str) -> Problem | None:
+def _between(at: int, after: int | None, data: bool, size: int, block: bytes, reason: str) -> Problem | None:
     """What is wrong where a header was due, if anything is: zeros to the end of the archive are as it should be."""
     zeros = not any(block)
     if after is not None:
         return Problem("zero block" if zeros else "bad header", "", at, f"{reason}; {after - at} bytes were passed over")
-    if at == 0 and not zeros:
-        return _not_a_tar(block, f"something else: it begins with {block[:16]!r}")
     if zeros:
-        rest = (read(piece, min(_PIECE, size - piece)) for piece in range(at, size, _PIECE))
-        lost = any(any(piece) for piece in rest)
-        return Problem("zero block", "", at, f"{size - at} bytes from here on hold no header") if lost else None
+        return Problem("zero block", "", at, f"{size - at} bytes from here on hold no header") if data else None
+    if at == 0:
+        return _not_a_tar(block, f"something else: it begins with {block[:16]!r}")
     return Problem("bad header", "", at, f"{reason}; no header follows in the last {size - at} bytes")
 
 
