@@ -143,8 +143,9 @@ class HuggingFaceDataset(Source):
         return np.concatenate([measure(chunk) for table in tables for chunk in table.column(column).chunks])
 
     def _picture_names(self, column: str) -> Iterator[str]:
-        for row, table in enumerate(self.rows.select_columns([column]).iter(1)):
-            found = _beginnings(table.column(column)[0])
+        tables = self.rows.select_columns([column]).iter(_AT_ONCE)
+        for row, value in enumerate(value for table in tables for value in table.column(column)):
+            found = _beginnings(value)
             yield "\0".join(found) if found else f"row {row}"
 
 
