@@ -2,7 +2,16 @@
 
 from components.data.module import InstructionData
 from components.data.preparation import Preparation
-from components.data.sources import HuggingFaceDataset, LlavaConversations, Overrides, QuestionAnswers, Sample, ShapesWorld, Source
+from components.data.sources import (
+    HuggingFaceDataset,
+    LlavaConversations,
+    Overrides,
+    QuestionAnswers,
+    Sample,
+    ShapesWorld,
+    Source,
+    TarShards,
+)
 
 __all__ = [
     "HuggingFaceDataset",
@@ -14,4 +23,5 @@ __all__ = [
     "Sample",
     "ShapesWorld",
     "Source",
+    "TarShards",
 ]

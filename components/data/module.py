@@ -17,6 +17,7 @@ from components.data.order import BLOCK, Mixture, Shards
 from components.data.preparation import Preparation, null_document
 from components.data.shares import segments_of
 from components.data.sources import Source
+from components.data.token_lengths import Measure, open_lengths
 from components.errors import RecipeError
 from components.images import Decoding, SquareMode
 from components.tokenizer import load_tokenizer
@@ -119,6 +120,8 @@ class InstructionData(LightningDataModule):
                 source.setup()
             except RecipeError as error:
                 raise RecipeError(f"data.sources.{name}: {error}") from error
+            preparation = self.preparation.overridden(source.overrides)
+            source.measured = open_lengths(Measure(source, preparation, self.tokenizer, self.layout))
         self.mixture = self.mix()
         self.order = self._order()
         if stage == "fit":

@@ -30,7 +30,7 @@ bytes the headers of the sample's first member take."""
 
 SUMMARY = "shards.npz"
 _LAYOUT = 1  # of rows and audits; raise it when they change
-_COMMAND = "python main.py index --shards ..."
+_COMMAND = "python main.py index --shards ... (or --config RECIPE)"
 _OPEN_ROWS = 256
 
 

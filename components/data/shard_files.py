@@ -1,0 +1,128 @@
+"""Arrays beside a shard index, one for each shard: made in parallel, kept when the work is interrupted, opened when asked for."""
+
+import json
+import multiprocessing
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from components.shards.rows import ShardIndex
+
+OPEN = 256
+"""Shards whose arrays a process keeps open: more than a window of any source."""
+Work = Callable[[int], tuple[np.ndarray, dict[str, Any]]]
+"""A shard's number in, the array of its samples and what is to be remembered of it out."""
+
+
+@dataclass
+class ShardFiles:
+    """An index and what is known of its samples in, one array a shard out: `NAME.KIND-HASH.npy`.
+
+    Args:
+        index: The index that the arrays belong to.
+        kind: What they say: `select` or `tokens`.
+        hash: Of all that decides them.
+    """
+
+    index: ShardIndex
+    kind: str
+    hash: str
+    _open: "OrderedDict[int, np.ndarray]" = field(init=False, default_factory=OrderedDict, repr=False)
+
+    def path(self, shard: int, ending: str) -> Path:
+        """The file of a shard."""
+        return self.index.file(shard, f"{self.kind}-{self.hash}.{ending}")
+
+    def of_all(self, ending: str) -> Path:
+        """The file of all shards together."""
+        return self.index.folder / f"{self.kind}-{self.hash}.{ending}"
+
+    def array(self, shard: int, derive: Callable[[np.ndarray], np.ndarray] | None = None) -> np.ndarray:
+        """The array of a shard, or what is derived from it; memory-mapped, and as many kept as a window needs."""
+        if (known := self._open.get(shard)) is not None:
+            self._open.move_to_end(shard)
+            return known
+        array = np.load(self.path(shard, "npy"), mmap_mode="r")
+        known = self._open[shard] = array if derive is None else derive(array)
+        if len(self._open) > OPEN:
+            self._open.popitem(last=False)
+        return known
+
+    def summary(self) -> dict[str, Any] | None:
+        """What was written of all shards together, last of all; None where nothing was, or for another index."""
+        try:
+            summary: dict[str, Any] = json.loads(self.of_all("json").read_text())
+        except (OSError, ValueError):
+            return None
+        return summary if summary["index"] == self.index.fingerprint else None
+
+    def make(self, work: Work, processes: int, label: str) -> list[dict[str, Any]]:
+        """Do the work of every shard that has not been done, and give what is to be remembered of each shard."""
+        facts = {shard: self._known(shard) for shard in range(len(self.index.names))}
+        missing = [shard for shard, known in facts.items() if known is None]
+        facts |= in_parallel(partial(self._make, work), missing, processes, label)
+        return [known for known in facts.values() if known is not None]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": OrderedDict()}
+
+    def _make(self, work: Work, shard: int) -> tuple[int, dict[str, Any]]:
+        array, facts = work(shard)
+        facts = {"digest": self.index.digests[shard], **facts}
+        save(self.path(shard, "npy"), array)
+        save(self.path(shard, "json"), facts)  # last: it says that the array is whole
+        return shard, facts
+
+    def _known(self, shard: int) -> dict[str, Any] | None:
+        try:
+            known: dict[str, Any] = json.loads(self.path(shard, "json").read_text())
+        except (OSError, ValueError):
+            return None
+        return known if known["digest"] == self.index.digests[shard] else None
+
+
+def in_parallel(work: Callable[[int], Any], numbers: Iterable[int], processes: int, label: str, unit: str = "shard") -> list[Any]:
+    """What `work` gives for each number, in their order, with a progress bar; in this process where one is enough."""
+    numbers = list(numbers)
+    processes = min(processes, len(numbers))
+    bar = partial(tqdm, total=len(numbers), desc=label, unit=unit, leave=False, disable=not numbers)
+    if processes <= 1:
+        return list(bar(map(work, numbers)))
+    context = multiprocessing.get_context("fork")  # what is open here need not be opened again
+    with ProcessPoolExecutor(processes, context, _hold, (work,)) as pool:
+        return list(bar(pool.map(_call, numbers, chunksize=1)))
+
+
+def save(path: Path, content: np.ndarray | dict[str, Any]) -> None:
+    """Write a file that is whole as soon as it is there."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if isinstance(content, np.ndarray):
+            with temporary.open("wb") as file:
+                np.save(file, content)
+        else:
+            temporary.write_text(json.dumps(content))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+_held: Callable[[int], Any]
+
+
+def _hold(work: Callable[[int], Any]) -> None:
+    global _held
+    _held = work
+
+
+def _call(number: int) -> Any:
+    return _held(number)
