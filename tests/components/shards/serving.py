@@ -29,17 +29,19 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
-        data = path.read_bytes()
+        size = path.stat().st_size
         span = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
         partial_answer = span is not None and fault != "no ranges"
-        start, end = (int(span[1]), min(int(span[2]) + 1, len(data))) if partial_answer else (0, len(data))
-        content = data[start:end]
+        start, end = (int(span[1]), min(int(span[2]) + 1, size)) if partial_answer else (0, size)
+        with path.open("rb") as file:
+            file.seek(start)
+            content = file.read(end - start) if body else bytes(end - start)
         if fault == "short":
             content = content[:-1]
         self.send_response(HTTPStatus.PARTIAL_CONTENT if partial_answer else HTTPStatus.OK)
-        self.send_header("ETag", f'"{hash(data):x}"')
+        self.send_header("ETag", f'"{path.stat().st_mtime_ns:x}"')
         if partial_answer:
-            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(data)}")
+            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{size}")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if not body:
