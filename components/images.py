@@ -39,7 +39,7 @@ class BadImage(BadSample):
     """A picture that cannot or must not be decoded. The message says why."""
 
 
-def decode(data: bytes, decoding: Decoding = "upright") -> Image.Image:
+def decode(data: bytes, decoding: Decoding = "upright", smallest: int | None = None) -> Image.Image:
     """Bytes of an encoded picture in, its first frame as RGB out.
 
     Args:
@@ -47,13 +47,18 @@ def decode(data: bytes, decoding: Decoding = "upright") -> Image.Image:
             as wide (a side below 16 pixels counts as 16).
         decoding: `llava` does what LLaVA-1.5 did: EXIF orientation is ignored and transparency dropped. `upright` applies the
             EXIF orientation, composites transparency over white and keeps the upper 8 of 16 bits.
+        smallest: Where less is enough: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size as long as both sides keep this many
+            pixels.
 
     Raises:
         BadImage: The bytes are empty, damaged, truncated, of another format, or over a limit.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PIL warns of odd metadata and of sizes that the limits refuse
-        return _decode(_open(data), decoding)
+        image = _open(data)
+        if smallest:
+            image.draft(None, (smallest, smallest))  # formats other than JPEG know no smaller version
+        return _decode(image, decoding)
 
 
 def read_size(data: bytes) -> tuple[int, int]:

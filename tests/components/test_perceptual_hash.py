@@ -91,6 +91,26 @@ def test_bytes_are_decoded_upright_and_transparency_is_white():
     assert np.array_equal(picture_gray(png(clear)), small_gray(white))
 
 
+@pytest.mark.parametrize(("width", "height"), [(300, 400), (1030, 800), (2100, 1500)])
+def test_large_jpegs_are_decoded_smaller_with_nearly_the_same_hash(width, height):
+    random = np.random.default_rng(width)
+    field = Image.fromarray(texture(random, 1024)).resize((2100, 2100))
+    file = io.BytesIO()
+    field.crop((0, 0, width, height)).save(file, "JPEG", quality=85)
+    small = decode(file.getvalue(), smallest=128)
+    assert min(small.size) >= 128
+    assert min(small.size) < min(width, height) or min(width, height) < 256
+    assert distances(perceptual_hash(picture_gray(file.getvalue())), hashed(decode(file.getvalue()))) <= 4
+
+
+def test_only_what_is_large_and_a_jpeg_is_decoded_smaller():
+    image = photographs(1)[0]
+    assert decode(png(image), smallest=32).size == image.size
+    file = io.BytesIO()
+    image.save(file, "JPEG")
+    assert np.array_equal(np.asarray(decode(file.getvalue(), smallest=128)), np.asarray(decode(file.getvalue())))
+
+
 def distances(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     return np.bitwise_count(left ^ right)
 

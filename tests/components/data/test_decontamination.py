@@ -1,0 +1,308 @@
+"""Decontamination: copies of evaluation pictures among training pictures are found, others are not."""
+
+import hashlib
+import io
+import json
+import tarfile
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import components.data.decontamination as decontamination
+from components.data.decontamination import PICTURE, Overlaps, find_overlaps, find_overlaps_of_annotations
+from components.data.evaluation_pictures import read_evaluation_pictures
+from components.errors import RecipeError
+from components.shards.names import names_in_index
+from components.shards.rows import ROW, Audit, ShardIndex, write_shard, write_summary
+from components.shards.sample import hash_key, split_name
+from components.shards.storage import Storage
+from components.shards.tar import Member, walk
+from tests.natural_pictures import crop, texture
+
+FIELDS = [texture(np.random.default_rng(number), 256) for number in range(12)]
+STORAGE = Storage(waits=())
+
+
+def photograph(number: int) -> Image.Image:
+    return crop(FIELDS[number], 200, 150 + 5 * number, np.random.default_rng(number))
+
+
+def encoded(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def jpeg(number: int, quality: int = 90) -> bytes:
+    return encoded(photograph(number), quality=quality)
+
+
+def small(number: int) -> bytes:
+    """A smaller, compressed copy in gray."""
+    image = photograph(number).convert("L")
+    return encoded(image.resize((image.width // 2, image.height // 2), Image.Resampling.BICUBIC), quality=60)
+
+
+@pytest.fixture
+def evaluation(tmp_path) -> Path:
+    """Pictures 0 to 4 in folders and 5 to 6 in an archive, and two broken ones."""
+    folder = tmp_path / "evaluation"
+    (folder / "artwork").mkdir(parents=True)
+    for number in range(3):
+        (folder / "artwork" / f"{number}.jpg").write_bytes(jpeg(number))
+    (folder / "3.PNG").write_bytes(encoded(photograph(3), "PNG"))
+    (folder / "4.webp").write_bytes(encoded(photograph(4), "WEBP"))
+    (folder / "questions.json").write_text("[]")
+    (folder / "broken.jpg").write_bytes(jpeg(9)[:500])
+    with zipfile.ZipFile(folder / "val.zip", "w") as archive:
+        archive.writestr("val/5.jpg", jpeg(5))
+        archive.writestr("val/6.jpg", jpeg(6))
+        archive.writestr("__MACOSX/val/._5.jpg", b"not a picture")
+        archive.writestr("val/empty.jpg", b"")
+    return folder
+
+
+def write_tar(path: Path, pictures: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as archive:
+        for key, data in pictures.items():
+            for name, content in ((f"{key}.jpg", data), (f"{key}.txt", b"a caption")):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+
+
+def rows_of(path: Path) -> np.ndarray:
+    members = [
+        entry
+        for entry in walk(lambda at, size: STORAGE.read(str(path), at, size), path.stat().st_size)
+        if isinstance(entry, Member)
+    ]
+    rows = np.zeros(len(members) // 2, ROW)
+    for row, image, text in zip(rows, members[::2], members[1::2], strict=True):
+        row["image_offset"], row["image_size"] = image.offset, image.size
+        row["text_offset"], row["text_size"] = text.offset - image.offset, text.size
+        row["key"] = hash_key(split_name(image.name)[0])
+        row["flags"] = (image.offset - image.header) // 512 << 8
+    return rows
+
+
+def indexed(folder: Path, shards: list[dict[str, bytes]]) -> ShardIndex:
+    paths = [folder / f"{number:05d}.tar" for number in range(len(shards))]
+    audits = []
+    for path, pictures, name in zip(paths, shards, names_in_index([str(path) for path in paths]), strict=True):
+        write_tar(path, pictures)
+        rows, stat = rows_of(path), path.stat()
+        digest = hashlib.blake2b(rows.tobytes(), digest_size=16).hexdigest()
+        audits.append(Audit(name, str(path), stat.st_size, str(stat.st_mtime_ns), len(rows), digest))
+        write_shard(folder / "index", audits[-1], rows)
+    write_summary(folder / "index", audits)
+    return ShardIndex.open(folder / "index", [str(path) for path in paths])
+
+
+def records(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def triples(overlaps: Overlaps, evaluation: Path) -> list[tuple[str, str, str]]:
+    return [(o["key"], str(Path(o["picture"]).relative_to(evaluation)), o["kind"]) for o in records(overlaps.overlaps)]
+
+
+LONG = "a/" + "very_long_name_" * 10
+
+
+def test_copies_in_shards_are_found_and_listed(tmp_path, evaluation):
+    shards = [
+        {"0000": jpeg(0), "0001": jpeg(7), "0002": small(3), "0003": jpeg(8)[:400]},
+        {"1000": jpeg(8), LONG: small(5), "1002": jpeg(6), "1003": encoded(photograph(10), "PNG")},
+    ]
+    index = indexed(tmp_path, shards)
+    found = find_overlaps(index, STORAGE, [evaluation], 8, tmp_path / "out", processes=2)
+    assert triples(found, evaluation) == [
+        ("0000", "artwork/0.jpg", "exact"),
+        ("0002", "3.PNG", "near"),
+        (LONG, "val.zip/val/5.jpg", "near"),
+        ("1002", "val.zip/val/6.jpg", "exact"),
+    ]
+    assert (found.evaluation, found.pictures, found.unreadable, found.exact, found.near, found.found) == (7, 8, 1, 2, 2, 4)
+    assert [line.split(": ")[0] for line in found.broken] == [
+        str(evaluation / "broken.jpg"),
+        str(evaluation / "val.zip/val/empty.jpg"),
+    ]
+    assert records(found.exclude) == [
+        {"shard": index.names[shard], "key": key} for shard, key in ((0, "0000"), (0, "0002"), (1, "1002"), (1, LONG))
+    ]
+    assert "4 of 8 training pictures overlap with 4 of 7 evaluation pictures: 2 exact, 2 near." in found.lines()[0]
+    assert any(line.startswith("1 training pictures cannot be decoded") for line in found.lines())
+    assert sum("broken.jpg" in line for line in found.lines()) == 1
+    text = found.page.read_text()
+    assert text.count("<img") == 8
+    assert "5.jpg" in text
+
+
+def test_broken_pictures_of_equal_bytes_are_not_looked_for(tmp_path, evaluation):
+    found = find_overlaps(indexed(tmp_path, [{"0": jpeg(9)[:500], "1": b""}]), STORAGE, [evaluation], 8, tmp_path / "out", 1)
+    assert (found.exact, found.near, found.unreadable, found.pictures) == (0, 0, 2, 2)
+    assert found.overlaps.read_text() == found.exclude.read_text() == ""
+
+
+def test_distance_zero_finds_fewer(tmp_path, evaluation):
+    index = indexed(tmp_path, [{"0": jpeg(0), "1": encoded(photograph(1).crop((3, 3, 198, 150)), quality=50)}])
+    assert find_overlaps(index, STORAGE, [evaluation], 8, tmp_path / "out", 1).near == 1
+    assert find_overlaps(index, STORAGE, [evaluation], 0, tmp_path / "out", 1).near == 0
+
+
+def test_an_interrupted_pass_goes_on_where_it_was(tmp_path, evaluation, monkeypatch):
+    index = indexed(tmp_path, [{"0": jpeg(0)}, {"1": small(1)}, {"2": jpeg(2)}])
+    hashed = decontamination._hash_pictures
+    done: list[int] = []
+
+    def twice(pictures: Iterable[bytes]) -> np.ndarray:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(len(done))
+        return hashed(pictures)
+
+    monkeypatch.setattr(decontamination, "_hash_pictures", twice)
+    with pytest.raises(KeyboardInterrupt):
+        find_overlaps(index, STORAGE, [evaluation], 8, tmp_path / "out", 1)
+    done.clear()
+    found = find_overlaps(index, STORAGE, [evaluation], 8, tmp_path / "out", 1)
+    assert len(done) == 1  # only the third shard
+    assert [kind for *_, kind in triples(found, evaluation)] == ["exact", "near", "exact"]
+    done.clear()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "one.jpg").write_bytes(small(2))
+    found = find_overlaps(index, STORAGE, [other], 8, tmp_path / "out", 1)
+    assert not done  # another evaluation reads no shard again
+    assert triples(found, other) == [("2", "one.jpg", "near")]
+
+
+def test_a_shard_that_changed_is_refused(tmp_path, evaluation):
+    index = indexed(tmp_path, [{"0": jpeg(0)}])
+    write_tar(tmp_path / "00000.tar", {"0": jpeg(0), "1": jpeg(1)})
+    with pytest.raises(RecipeError, match=r"00000\.tar has"):
+        find_overlaps(index, STORAGE, [evaluation], 8, tmp_path / "out", 1)
+
+
+def test_a_long_shard_is_read_in_pieces(tmp_path, monkeypatch):
+    pictures = {str(number): bytes([number]) * (number * 97 % 700) for number in range(40)}
+    index = indexed(tmp_path, [pictures])
+    for piece in (1, 1500, 10**9):
+        monkeypatch.setattr(decontamination, "_READ_AT_ONCE", piece)
+        assert list(decontamination._pictures_of_shard(index, STORAGE, 0)) == list(pictures.values())
+
+
+def test_hashes_name_unreadable_pictures():
+    hashed = decontamination._hash_pictures(iter([jpeg(0), b"noise", jpeg(1)] * 100))
+    assert hashed.dtype == PICTURE
+    assert hashed["decoded"].tolist() == [True, False, True] * 100
+    assert hashed["digest"][1] == int.from_bytes(hashlib.sha256(b"noise").digest()[:8], "little")
+    assert len(np.unique(hashed["hash"][hashed["decoded"]])) == 2
+
+
+def test_copies_in_a_llava_file_are_found(tmp_path, evaluation):
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "same.jpg").write_bytes(jpeg(2))
+    (images / "small.jpg").write_bytes(small(4))
+    (images / "other.jpg").write_bytes(jpeg(8))
+    says = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "This."}]
+    lines = [
+        {"id": "a", "image": "same.jpg", "conversations": says},
+        {"id": "b", "image": "other.jpg", "conversations": says},
+        {"id": "c", "image": ["other.jpg", "small.jpg"], "conversations": says},
+        {"id": "d", "image": "same.jpg", "conversations": says},
+        {"id": "e", "conversations": says},
+        {"id": "f", "image": "absent.jpg", "conversations": says},
+        {"id": "g", "image": 7, "conversations": says},
+    ]
+    (tmp_path / "llava.json").write_text(json.dumps(lines))
+    found = find_overlaps_of_annotations(tmp_path / "llava.json", images, [evaluation], 8, tmp_path / "out", 1)
+    assert triples(found, evaluation) == [("a", "artwork/2.jpg", "exact"), ("c", "4.webp", "near"), ("d", "artwork/2.jpg", "exact")]
+    assert (found.exact, found.near, found.pictures, found.unreadable) == (2, 1, 4, 1)
+    assert records(found.exclude) == [{"shard": str(tmp_path / "llava.json"), "key": key} for key in "acd"]
+    assert found.page.read_text().count("<img") == 6
+
+
+def test_nearly_uniform_pictures_overlap_only_with_their_like(tmp_path):
+    folder = tmp_path / "evaluation"
+    folder.mkdir()
+    Image.new("RGB", (60, 60), (250, 250, 250)).save(folder / "white.png")
+    shards = [
+        {"white": encoded(Image.new("RGB", (90, 70), (251, 250, 250))), "gray": encoded(Image.new("RGB", (90, 70), (90, 90, 90)))}
+    ]
+    found = find_overlaps(indexed(tmp_path, shards), STORAGE, [folder], 8, tmp_path / "out", 1)
+    assert triples(found, folder) == [("white", "white.png", "near")]
+
+
+def test_overlaps_of_one_picture_are_cut_off(tmp_path, monkeypatch):
+    monkeypatch.setattr(decontamination, "_MOST", 3)
+    folder = tmp_path / "evaluation"
+    folder.mkdir()
+    for quality in (50, 60, 70, 80, 90):
+        (folder / f"{quality}.jpg").write_bytes(jpeg(0, quality))
+    found = find_overlaps(indexed(tmp_path, [{"0": jpeg(0, 80)}]), STORAGE, [folder], 8, tmp_path / "out", 1)
+    assert len(triples(found, folder)) == 3
+    assert ("0", "80.jpg", "exact") in triples(found, folder)
+
+
+def test_evaluation_pictures_are_read_once(tmp_path, evaluation, monkeypatch):
+    first = read_evaluation_pictures([evaluation], 2)
+    monkeypatch.setattr("components.data.evaluation_pictures.picture_gray", None)
+    again = read_evaluation_pictures([evaluation], 1)
+    assert again.fingerprint == first.fingerprint
+    assert again.broken == first.broken
+    np.testing.assert_array_equal(again.grays, first.grays)
+    (evaluation / "3.PNG").write_bytes(encoded(photograph(8), "PNG"))
+    with pytest.raises(TypeError):  # it is not what was kept
+        read_evaluation_pictures([evaluation], 1)
+
+
+def test_what_is_kept_may_be_damaged(evaluation):
+    first = read_evaluation_pictures([evaluation], 1)
+    from components.data import evaluation_pictures
+
+    kept = evaluation_pictures._cache_file(evaluation_pictures._files(evaluation))
+    kept.write_bytes(kept.read_bytes()[:-100])
+    assert read_evaluation_pictures([evaluation], 1).fingerprint == first.fingerprint
+
+
+def test_an_archive_alone_and_links_to_folders(tmp_path, evaluation):
+    assert len(read_evaluation_pictures([evaluation / "val.zip"], 1).files) == 2
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "there").symlink_to(evaluation / "artwork")
+    (linked / "there" / "back").symlink_to(linked)  # a circle ends
+    assert len(read_evaluation_pictures([linked], 1).files) == 3
+
+
+def test_folders_without_pictures_are_refused(tmp_path, evaluation):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "readme.txt").write_text("nothing")
+    with pytest.raises(RecipeError, match=r"There is no folder .*absent of evaluation pictures"):
+        read_evaluation_pictures([evaluation, tmp_path / "absent"], 1)
+    with pytest.raises(RecipeError, match=r"empty \(--against\) holds no picture"):
+        read_evaluation_pictures([tmp_path / "empty"], 1)
+    (tmp_path / "empty" / "one.jpg").write_bytes(b"noise")
+    with pytest.raises(RecipeError, match="None of the 1 evaluation pictures can be used"):
+        read_evaluation_pictures([tmp_path / "empty"], 1)
+    (tmp_path / "empty" / "bad.zip").write_bytes(b"PK\3\4 noise")
+    with pytest.raises(RecipeError, match=r"archive .*bad\.zip of evaluation pictures .* cannot be read"):
+        read_evaluation_pictures([tmp_path / "empty"], 1)
+
+
+def test_hostile_evaluation_pictures_are_broken_ones(tmp_path, evaluation):
+    with zipfile.ZipFile(evaluation / "hostile.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("huge.jpg", bytes(33 * 2**20))
+        archive.writestr("damaged.jpg", jpeg(0))
+    data = bytearray((evaluation / "hostile.zip").read_bytes())
+    at = data.index(b"damaged.jpg") + 200
+    data[at : at + 50] = bytes(50)
+    (evaluation / "hostile.zip").write_bytes(data)
+    broken = read_evaluation_pictures([evaluation / "hostile.zip", evaluation / "artwork"], 1).broken
+    assert ["huge.jpg: it has 34603008 bytes" in broken[1], "damaged.jpg: it cannot be read" in broken[0]] == [True, True]
