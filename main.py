@@ -9,6 +9,7 @@ from components.errors import RecipeError
 
 COMMANDS = {
     "plan": "what a recipe will cost and where it contradicts itself, before it runs",
+    "index": "look at tar shards once, decide what is trained on, measure its length, and show it",
     "fit": "train a recipe, or continue its run from the newest complete checkpoint",
     "validate": "validation losses and benchmarks of a checkpoint, as the run asks them on the way",
     "test": "every question of a recipe's benchmarks, asked of a checkpoint",
@@ -21,6 +22,7 @@ COMMANDS = {
 }
 WITHOUT_TRAINER = {
     "plan": "components.plan_command",
+    "index": "components.index_command",
     "ask": "components.ask",
     "score": "components.score",
     "compare": "components.compare",

@@ -16,7 +16,7 @@ from components.vision_tower import VisionTower
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    4: {"main", "components.command_line", "components.plan_command"},
+    4: {"main", "components.command_line", "components.plan_command", "components.index_command"},
     3: {"callbacks"},
     2: {
         f"components.{room}"

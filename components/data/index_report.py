@@ -25,7 +25,7 @@ _SHOWN = ("count", "successes", "failed_to_download", "failed_to_resize")
 """What img2dataset counts, in the order of the table."""
 _PICTURES = (("characters", "caption", "characters"), ("width", "picture width", "pixels"), ("height", "picture height", "pixels"))
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1d1d1f; --paper: #fff; --line: #c9c9ce; --dim: #6b6b70; --bar: #4d8fd6; --bad: #d97706; }
+:root { color-scheme: light dark; --ink: #1d1d1f; --paper: #fff; --line: #c9c9ce; --dim: #6b6b70; --bar: #4d8fd6; --note: #d97706; }
 @media (prefers-color-scheme: dark) { :root { --ink: #eee; --paper: #18181b; --line: #48484e; --dim: #a0a0a8; } }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; color: var(--ink);
   background: var(--paper); }
@@ -33,7 +33,7 @@ h1 { font-size: 1.4rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; } h3 { fon
 .histograms { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 1.5rem 2rem; }
 figure { margin: 0; } figcaption { color: var(--dim); } svg { width: 100%; }
 svg rect { fill: var(--bar); } svg text { fill: var(--dim); font-size: 12px; } svg line { stroke: var(--line); }
-.bad { border-left: 4px solid var(--bad); padding-left: .8rem; }
+.note { border-left: 4px solid var(--note); padding-left: .8rem; }
 table { border-collapse: collapse; } th, td { text-align: right; padding: 2px 12px; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child, .words td, .words th { text-align: left; } .words td { word-break: break-word; }
 """
@@ -158,7 +158,7 @@ def in_html(title: str, reports: Iterable[SourceReport]) -> str:
     body = [f"<h1>{_escape(title)}: index</h1>"]
     for report in reports:
         rows = "".join(f"<tr><td>{_escape(what)}</td><td>{number}</td></tr>" for what, number in report.rows())
-        body += [f"<h2>{_escape(report.name)}</h2>", *(f'<p class="bad">{_escape(note)}</p>' for note in report.notes)]
+        body += [f"<h2>{_escape(report.name)}</h2>", *(f'<p class="note">{_escape(note)}</p>' for note in report.notes)]
         body += [f"<table>{rows}</table>", '<div class="histograms">']
         for name, unit, counts in report.histograms:
             body.append(picture(name, unit, counts, logarithmic=not unit))

@@ -1,0 +1,175 @@
+"""Filters: what they leave is what img2dataset's own metadata say, sample by sample."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from some_shards import write_shards
+
+from components.data.filters import DROPPED, TRAIN, VALIDATION, Filters, open_selection, select
+from components.data.sources.base import uniform
+from components.errors import RecipeError
+from components.shards.audit import audit
+from components.shards.names import expand
+from components.shards.rows import ShardIndex
+from components.shards.sample import hash_key
+from components.shards.storage import Storage
+
+
+@pytest.fixture
+def shards(tmp_path):
+    made = write_shards(tmp_path / "shards")
+    return made, indexed(tmp_path)
+
+
+def indexed(tmp_path):
+    names = expand(str(tmp_path / "shards/*.tar"))
+    audit(names, tmp_path / "index", 1)
+    return ShardIndex.open(tmp_path / "index", names)
+
+
+def uses_of(index, filters, validation_fraction=0.0, processes=1):
+    select(index, filters, validation_fraction, Storage(), processes)
+    selection = open_selection(index, filters, validation_fraction)
+    return [np.load(selection.files.path(shard, "npy")) for shard in range(len(index.names))], selection
+
+
+def kept(index, filters):
+    return [(uses == TRAIN).tolist() for uses in uses_of(index, filters)[0]]
+
+
+RULES = {
+    "least characters": (Filters(min_characters=20), lambda pair: len(pair.caption) >= 20),
+    "most characters": (Filters(max_characters=20), lambda pair: len(pair.caption) <= 20),
+    "side": (Filters(min_side=24), lambda pair: min(pair.size) >= 24),
+    "aspect": (Filters(max_aspect=1.5), lambda pair: max(pair.size) <= 1.5 * min(pair.size)),
+    "open end": (Filters(scores={"similarity": (0.3, None)}), lambda pair: pair.metadata["similarity"] >= 0.3),
+    "capitals and gaps": (
+        Filters(scores={"punsafe": (None, 0.5)}),
+        lambda pair: pair.metadata["PUNSAFE"] is not None and pair.metadata["PUNSAFE"] <= 0.5,
+    ),
+    "several": (
+        Filters(min_characters=20, min_side=12, scores={"similarity": (0.25, 0.35), "PUNSAFE": (0.1, None)}),
+        lambda pair: len(pair.caption) >= 20 and min(pair.size) >= 12 and 0.25 <= pair.metadata["similarity"] <= 0.35
+        and (pair.metadata["PUNSAFE"] or 0) >= 0.1,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("parquet", [True, False], ids=["parquet", "json members"])
+def test_a_filter_leaves_what_it_says(rule, parquet, tmp_path):
+    made = write_shards(tmp_path / "shards", count=2, parquet=parquet)
+    filters, rule = RULES[rule]
+    expected = [[rule(pair) for pair in shard] for shard in made]
+    assert 0 < sum(map(sum, expected)) < sum(map(len, expected))
+    assert kept(indexed(tmp_path), filters) == expected
+
+
+def test_a_blocklist_of_urls_and_hashes(shards, tmp_path):
+    made, index = shards
+    blocked = [made[0][3].metadata["url"], made[1][0].metadata["sha256"].upper(), "https://example.org/not_here.jpg"]
+    (tmp_path / "optout.txt").write_text("\n".join([*blocked, ""]))
+    expected = [[(shard, place) not in ((0, 3), (1, 0)) for place in range(len(made[shard]))] for shard in range(3)]
+    assert kept(index, Filters(blocklist=str(tmp_path / "optout.txt"))) == expected
+
+
+def test_what_a_blocklist_cannot_judge_is_dropped(tmp_path):
+    made = write_shards(tmp_path / "shards", count=1)
+    other = [pair.metadata | ({"url": None} if place == 4 else {}) for place, pair in enumerate(made[0])]
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(other), tmp_path / "shards/00000.parquet")
+    (tmp_path / "optout.txt").write_text("https://example.org/not_here.jpg\n")
+    filters = Filters(blocklist=str(tmp_path / "optout.txt"))
+    assert kept(indexed(tmp_path), filters) == [[place != 4 for place in range(len(made[0]))]]
+
+
+def test_excluded_keys(shards, tmp_path):
+    made, index = shards
+    lines = [{"shard": index.names[2], "key": made[2][5].key, "distance": 0}, {"shard": index.names[0], "key": made[2][6].key}]
+    (tmp_path / "overlaps.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    expected = [[(shard, place) != (2, 5) for place in range(len(made[shard]))] for shard in range(3)]
+    assert kept(index, Filters(exclude=str(tmp_path / "overlaps.jsonl"))) == expected
+
+
+def test_every_sample_is_counted_once(shards):
+    made, index = shards
+    filters = Filters(min_characters=20, scores={"similarity": (0.3, None)})
+    uses, selection = uses_of(index, filters, validation_fraction=0.2)
+    together = Counter(np.concatenate(uses).tolist())
+    assert together[DROPPED] == sum(selection.dropped.values()) and together.total() == sum(map(len, made))
+    assert together[TRAIN] == selection.train.sum() and together[VALIDATION] == len(selection.held_out)
+    short = sum(len(pair.caption) < 20 for shard in made for pair in shard)
+    assert selection.dropped["caption too short"] == short
+    # the held-out ones are numbered over all shards, and told by their keys
+    keys = np.array([hash_key(pair.key) for shard in made for pair in shard], dtype=np.uint64)
+    expected = np.flatnonzero((uniform(keys) < 0.2) & (np.concatenate(uses) != DROPPED))
+    np.testing.assert_array_equal(selection.held_out, expected)
+    for shard in range(3):
+        np.testing.assert_array_equal(selection.rows_to_train_on(shard), np.flatnonzero(uses[shard] == TRAIN))
+
+
+def test_another_filter_or_file_is_another_selection(shards, tmp_path):
+    _, index = shards
+    file = tmp_path / "optout.txt"
+    file.write_text("https://example.org/a.jpg\n")
+    hashes = [Filters().hash(0.0), Filters().hash(0.1), Filters(min_side=3).hash(0.0), Filters(blocklist=str(file)).hash(0.0)]
+    file.write_text("https://example.org/b.jpg\n")
+    hashes.append(Filters(blocklist=str(file)).hash(0.0))
+    assert len(set(hashes)) == len(hashes)
+    select(index, Filters(), 0.1, Storage(), 1)
+    assert open_selection(index, Filters(), 0.2) is None
+
+
+def test_work_that_was_interrupted_goes_on(shards, monkeypatch):
+    _, index = shards
+    filters = Filters(min_characters=20)
+    whole, selection = uses_of(index, filters)
+    done = selection.files.path(0, "npy")
+    before = done.stat().st_mtime_ns
+    for file in (selection.files.path(1, "npy"), selection.files.path(1, "json"), selection.files.path(2, "json")):
+        file.unlink()
+    selection.files.of_all("json").unlink()
+    assert open_selection(index, filters, 0.0) is None
+    again, _ = uses_of(index, filters, processes=2)
+    assert all(np.array_equal(one, other) for one, other in zip(whole, again, strict=True))
+    assert done.stat().st_mtime_ns == before
+
+
+def test_a_shard_that_was_replaced_is_decided_again(tmp_path):
+    write_shards(tmp_path / "shards")
+    uses_of(indexed(tmp_path), Filters(min_characters=20))
+    made = write_shards(tmp_path / "shards", each=50)
+    index = indexed(tmp_path)
+    assert open_selection(index, Filters(min_characters=20), 0.0) is None
+    assert kept(index, Filters(min_characters=20)) == [[len(pair.caption) >= 20 for pair in shard] for shard in made]
+
+
+def test_mistakes_are_told(shards, tmp_path):
+    _, index = shards
+    with pytest.raises(RecipeError, match=r"column nsfw.*scores"):
+        select(index, Filters(scores={"NSFW": (None, 0.5)}), 0.0, Storage(), 1)
+    (tmp_path / "optout.txt").write_text("https://example.org/a.jpg\nexample.org/b.jpg\n")
+    with pytest.raises(RecipeError, match=r"optout\.txt line 2: 'example\.org/b\.jpg'"):
+        select(index, Filters(blocklist=str(tmp_path / "optout.txt")), 0.0, Storage(), 1)
+    (tmp_path / "overlaps.jsonl").write_text('{"shard": "a"}\n')
+    with pytest.raises(RecipeError, match=r"overlaps\.jsonl line 1"):
+        select(index, Filters(exclude=str(tmp_path / "overlaps.jsonl")), 0.0, Storage(), 1)
+    with pytest.raises(RecipeError, match="cannot be read"):
+        Filters(blocklist=str(tmp_path / "nowhere.txt")).hash(0.0)
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {"min_characters": 0}, {"min_characters": 9, "max_characters": 8}, {"max_characters": 70000}, {"min_side": 0},
+        {"max_aspect": 0.5}, {"scores": {"similarity": (None, None)}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_filters_that_mean_nothing_are_refused(stated):
+    with pytest.raises(RecipeError, match="filters:"):
+        Filters(**stated)

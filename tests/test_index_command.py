@@ -1,0 +1,142 @@
+"""`python main.py index`: what it prints and writes, that it goes on where it was, and mistakes told with their remedies."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from small_recipe import fit, write_recipe
+
+import main
+from tests.components.data.some_shards import WORDS, pairs, write_shard, write_shards
+from tests.components.plan.test_render import Reader
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """Three shards, of which one lacks a caption and has a hole of zeros."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_shards(Path("shards"))
+    content = bytearray(Path("shards/00001.tar").read_bytes())
+    content[20_480:22_528] = bytes(2048)
+    Path("shards/00001.tar").write_bytes(content)
+    return tmp_path
+
+
+def index(*options):
+    return main.main(["index", *options, "--processes", "1"])
+
+
+def counted(text, what):
+    return int(re.search(rf"^ *{what} +([\d,]+)$", text, re.MULTILINE).group(1).replace(",", ""))
+
+
+def recipe(folder, **options):
+    init = {"shards": "shards/*.tar", "index": "shards/index", "overrides": {"template": "plain"}, **options}
+    source = {"class_path": "components.data.TarShards", "init_args": init}
+    words = {"decoder": {"init_args": {"tokenizer": {"words": WORDS}}}}
+    file = write_recipe(folder / "small.yaml", model=words)
+    tree = yaml.safe_load(file.read_text())
+    tree["data"]["sources"] = {"pairs": source}
+    file.write_text(yaml.safe_dump(tree))
+    return file
+
+
+def test_shards_alone(capsys):
+    assert index("--shards", "shards/{00000..00002}.tar") == 0
+    text = capsys.readouterr().out
+    rows = [np.load(f"shards/index/{shard:05d}.rows.npy") for shard in range(3)]
+    assert counted(text, "samples") == sum(map(len, rows)) < 105
+    assert counted(text, "img2dataset: count") == 108 and counted(text, "img2dataset: successes") == 105
+    assert f"shards/00001.tar: {len(rows[1])} of 35" in text
+    quarantine = [json.loads(line) for line in Path("shards/index/quarantine.jsonl").read_text().splitlines()]
+    assert {entry["shard"] for entry in quarantine} == {"00001"} and all(entry["reason"] for entry in quarantine)
+    assert all(counted(text, f"put aside: {entry['kind']}") for entry in quarantine)
+    page = Path("shards/index/index.html").read_text()
+    reader = Reader(page)
+    assert reader.outside == [] and "00001" in reader.text and quarantine[0]["reason"] in reader.text
+    assert page.count("<svg") == 4
+
+
+def test_shards_of_names_that_are_code_stay_text(capsys):
+    made = pairs(7, 3)
+    made[0].key = "<script>alert(1)"
+    made[1].picture = b"<img src=x onerror=alert(1)>"
+    made[1].key = "<img src=x onerror=alert(1)>"
+    write_shard(Path("odd"), "<b>", made)
+    assert index("--shards", "odd/*.tar", "--report", "page.html") == 0
+    assert Reader(Path("page.html").read_text()).outside == []
+
+
+def test_a_recipe_from_shards_to_training(folder, capsys):
+    file = recipe(folder, filters={"min_characters": 12, "scores": {"similarity": [0.22, None]}}, validation_fraction=0.1)
+    assert fit(file) == 2
+    assert "(or --config RECIPE)" in capsys.readouterr().err
+    assert index("--config", str(file), "--show", "3") == 0
+    text = capsys.readouterr().out
+    train, held_out = counted(text, "used: train"), counted(text, "used: validation")
+    dropped = sum(counted(text, f"dropped: {reason}") for reason in ("caption too short", "similarity below 0.22"))
+    assert counted(text, "samples") == train + held_out + dropped and min(train, held_out, dropped) > 0
+    assert "length of a sample (tokens)" in text
+    shown = Reader(Path("runs/small/samples.html").read_text())
+    captions = {pair.caption for shard in range(3) for pair in pairs(shard, 30 + 5 * shard)}
+    said = [caption.strip() for caption in shown.said("supervised").splitlines()]
+    assert len(said) == 3 and set(said) <= captions and all(len(caption) >= 12 for caption in said)
+    assert fit(file) == 0
+    assert f"{train:,} samples of shards/*.tar" in capsys.readouterr().out
+
+
+def test_what_is_done_is_not_done_again(folder, capsys):
+    file = recipe(folder, filters={"min_characters": 12})
+    assert index("--config", str(file)) == 0
+    first = capsys.readouterr().out
+    made = {path: path.stat().st_mtime_ns for path in Path("shards/index").glob("0*")}
+    assert len(made) == 3 * 6
+    assert index("--config", str(file)) == 0
+    assert capsys.readouterr().out == first
+    assert {path: path.stat().st_mtime_ns for path in Path("shards/index").glob("0*")} == made
+
+
+MISTAKES = {
+    "nothing": ([], "Neither shards nor a recipe"),
+    "no such shard": (["--shards", "nowhere/*.tar"], "nowhere"),
+    "both": (["--config", "small.yaml", "--index", "x"], "--index goes with --shards"),
+    "samples without a recipe": (["--shards", "shards/*.tar", "--show", "2"], "--show goes with --config"),
+    "a slip": (["--shards", "shards/*.tar", "--porcesses", "2"], "--porcesses"),
+    "far shards": (["--shards", "s3://bucket/{0..3}.tar"], "--index FOLDER"),
+    "a page that cannot be": (
+        ["--shards", "shards/*.tar", "--report", "shards/00000.tar/page.html"],
+        "page.html cannot be written",
+    ),
+    "no number": (["--shards", "shards/*.tar", "--show", "0"], "at least 1"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_told(mistake, capsys):
+    options, message = MISTAKES[mistake]
+    assert index(*options) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_mistake_names_its_source(folder, capsys):
+    file = recipe(folder, filters={"scores": {"nsfw": [None, 0.5]}})
+    assert index("--config", str(file)) == 2
+    assert re.search(r"data\.sources\.pairs: .*nsfw", capsys.readouterr().err)
+
+
+def test_pictures_that_evaluations_ask_about(folder, capsys):
+    made = [pairs(shard, 30 + 5 * shard) for shard in range(3)]
+    Path("exam").mkdir()
+    for name, pair in (("a", made[0][3]), ("b", made[2][7])):
+        Path(f"exam/{name}.jpg").write_bytes(pair.picture)
+    file = recipe(folder, filters={"exclude": "shards/index/exclude.jsonl"})
+    assert index("--config", str(file), "--against", "exam", "--distance", "0") == 0
+    text = capsys.readouterr().out
+    excluded = {json.loads(line)["key"] for line in Path("shards/index/exclude.jsonl").read_text().splitlines()}
+    assert {made[0][3].key, made[2][7].key} <= excluded
+    assert counted(text, "dropped: excluded") == len(excluded)
+    assert "2 of 2" in text and Path("shards/index/overlaps.html").is_file()
