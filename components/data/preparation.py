@@ -11,7 +11,7 @@ from components.chat_template import resolve_template
 from components.conversation import encode, encode_prompt
 from components.data.sources import Overrides, Sample
 from components.errors import BadSample, RecipeError
-from components.images import Decoding, SquareMode, decode, to_square
+from components.images import Decoding, SquareMode, square
 from components.turns import Turn, check_text
 
 
@@ -108,7 +108,7 @@ class Preparation:
         """Decoded square pictures, uint8 [images, 3, size, size]."""
         pixels = np.empty((len(images), 3, layout.image_size, layout.image_size), dtype=np.uint8)
         for number, image in enumerate(images):
-            pixels[number] = to_square(decode(image, self.decoding), layout.image_size, self.image_mode, layout.image_mean)
+            pixels[number] = square(image, layout.image_size, self.image_mode, layout.image_mean, self.decoding, self.fast_images)
         return pixels
 
 
