@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import components.data.decontamination as decontamination
-from components.data.decontamination import PICTURE, Overlaps, find_overlaps, find_overlaps_of_annotations
+from components.data import decontamination, overlaps
+from components.data.decontamination import Overlaps, find_overlaps, find_overlaps_of_annotations
 from components.data.evaluation_pictures import read_evaluation_pictures
+from components.data.overlaps import PICTURE, hash_pictures
 from components.errors import RecipeError
 from components.shards.names import names_in_index
 from components.shards.rows import ROW, Audit, ShardIndex, write_shard, write_summary
@@ -107,8 +108,8 @@ def records(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def triples(overlaps: Overlaps, evaluation: Path) -> list[tuple[str, str, str]]:
-    return [(o["key"], str(Path(o["picture"]).relative_to(evaluation)), o["kind"]) for o in records(overlaps.overlaps)]
+def triples(found: Overlaps, evaluation: Path) -> list[tuple[str, str, str]]:
+    return [(o["key"], str(Path(o["picture"]).relative_to(evaluation)), o["kind"]) for o in records(found.overlaps)]
 
 
 LONG = "a/" + "very_long_name_" * 10
@@ -132,10 +133,11 @@ def test_copies_in_shards_are_found_and_listed(tmp_path, evaluation):
         str(evaluation / "broken.jpg"),
         str(evaluation / "val.zip/val/empty.jpg"),
     ]
-    assert records(found.exclude) == [
+    assert records(found.without) == [
         {"shard": index.names[shard], "key": key} for shard, key in ((0, "0000"), (0, "0002"), (1, "1002"), (1, LONG))
     ]
-    assert "4 of 8 training pictures overlap with 4 of 7 evaluation pictures: 2 exact, 2 near." in found.lines()[0]
+    assert f"filters: {{exclude: {tmp_path / 'out' / 'exclude.jsonl'}}}" in found.lines()[1]
+    assert "4 training samples show 4 of 7 evaluation pictures: 2 exact, 2 near. 8 training pictures were" in found.lines()[0]
     assert any(line.startswith("1 training pictures cannot be decoded") for line in found.lines())
     assert sum("broken.jpg" in line for line in found.lines()) == 1
     text = found.page.read_text()
@@ -146,7 +148,7 @@ def test_copies_in_shards_are_found_and_listed(tmp_path, evaluation):
 def test_broken_pictures_of_equal_bytes_are_not_looked_for(tmp_path, evaluation):
     found = find_overlaps(indexed(tmp_path, [{"0": jpeg(9)[:500], "1": b""}]), STORAGE, [evaluation], 8, tmp_path / "out", 1)
     assert (found.exact, found.near, found.unreadable, found.pictures) == (0, 0, 2, 2)
-    assert found.overlaps.read_text() == found.exclude.read_text() == ""
+    assert found.overlaps.read_text() == found.without.read_text() == ""
 
 
 def test_distance_zero_finds_fewer(tmp_path, evaluation):
@@ -157,16 +159,15 @@ def test_distance_zero_finds_fewer(tmp_path, evaluation):
 
 def test_an_interrupted_pass_goes_on_where_it_was(tmp_path, evaluation, monkeypatch):
     index = indexed(tmp_path, [{"0": jpeg(0)}, {"1": small(1)}, {"2": jpeg(2)}])
-    hashed = decontamination._hash_pictures
     done: list[int] = []
 
     def twice(pictures: Iterable[bytes]) -> np.ndarray:
         if len(done) == 2:
             raise KeyboardInterrupt
         done.append(len(done))
-        return hashed(pictures)
+        return hash_pictures(pictures)
 
-    monkeypatch.setattr(decontamination, "_hash_pictures", twice)
+    monkeypatch.setattr(decontamination, "hash_pictures", twice)
     with pytest.raises(KeyboardInterrupt):
         find_overlaps(index, STORAGE, [evaluation], 8, tmp_path / "out", 1)
     done.clear()
@@ -198,7 +199,7 @@ def test_a_long_shard_is_read_in_pieces(tmp_path, monkeypatch):
 
 
 def test_hashes_name_unreadable_pictures():
-    hashed = decontamination._hash_pictures(iter([jpeg(0), b"noise", jpeg(1)] * 100))
+    hashed = hash_pictures(iter([jpeg(0), b"noise", jpeg(1)] * 100))
     assert hashed.dtype == PICTURE
     assert hashed["decoded"].tolist() == [True, False, True] * 100
     assert hashed["digest"][1] == int.from_bytes(hashlib.sha256(b"noise").digest()[:8], "little")
@@ -225,7 +226,8 @@ def test_copies_in_a_llava_file_are_found(tmp_path, evaluation):
     found = find_overlaps_of_annotations(tmp_path / "llava.json", images, [evaluation], 8, tmp_path / "out", 1)
     assert triples(found, evaluation) == [("a", "artwork/2.jpg", "exact"), ("c", "4.webp", "near"), ("d", "artwork/2.jpg", "exact")]
     assert (found.exact, found.near, found.pictures, found.unreadable) == (2, 1, 4, 1)
-    assert records(found.exclude) == [{"shard": str(tmp_path / "llava.json"), "key": key} for key in "acd"]
+    assert [record["id"] for record in records(found.without)] == ["b", "e", "f", "g"]
+    assert f"annotations: {tmp_path / 'out' / 'kept.jsonl'}" in found.lines()[1]
     assert found.page.read_text().count("<img") == 6
 
 
@@ -241,7 +243,7 @@ def test_nearly_uniform_pictures_overlap_only_with_their_like(tmp_path):
 
 
 def test_overlaps_of_one_picture_are_cut_off(tmp_path, monkeypatch):
-    monkeypatch.setattr(decontamination, "_MOST", 3)
+    monkeypatch.setattr(overlaps, "_MOST", 3)
     folder = tmp_path / "evaluation"
     folder.mkdir()
     for quality in (50, 60, 70, 80, 90):
