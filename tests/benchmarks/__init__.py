@@ -1,0 +1,38 @@
+"""Benchmarks of single rooms: `python -m tests.benchmarks NAME` prints figures. Nothing here is asserted but by slow tests."""
+
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+
+def heading(name: str) -> str:
+    """When, on what and of which commit figures are."""
+    processor = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")),
+        platform.machine(),
+    )
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "no git"
+    load = os.getloadavg()[0]
+    return (
+        f"# {name}: {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {os.cpu_count()} x {processor}, load {load:.1f}, "
+        f"Python {platform.python_version()}, commit {commit}"
+    )
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table; floats with three digits after the point."""
+    cells = [[f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row] for row in [columns, *rows]]
+    widths = [max(len(row[number]) for row in cells) for number in range(len(columns))]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join([f"\n{title}", "", *lines])
+
+
+def private_megabytes() -> float:
+    """Memory that is this process's alone (USS), in MB."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("Private_Clean", "Private_Dirty"))) / 1e3
