@@ -22,7 +22,7 @@ from components.plan.samples import FirstSamples
 from components.plan_command import PlanCLI
 from components.recipe_files import named_recipes
 from components.run_folder import RUNS, run_name
-from components.shards.audit import audit
+from components.shards.audit import audit, repeated_keys
 from components.shards.names import expand_all, is_remote
 from components.shards.rows import ShardIndex
 from components.shards.storage import Storage
@@ -110,7 +110,7 @@ def _indexed(name: str, work: Measure, run: Path, options: Namespace) -> SourceR
         source.setup()
     else:
         source.setup()
-        report = SourceReport(name, source.num_samples + len(source.validation_indices), unit="source")
+        report = SourceReport(name, source.num_samples + len(source.validation_indices))
         if options.against and isinstance(source, LlavaConversations):
             report.notes += find_overlaps_of_annotations(
                 Path(source.annotations),
@@ -148,7 +148,11 @@ def _audited(folder: Path, shards: list[str], name: str, options: Namespace) -> 
     with (folder / QUARANTINE).open("w", encoding="utf-8") as file:
         for one in audits:
             file.writelines(json.dumps({"shard": one.name, **problem._asdict()}) + "\n" for problem in one.problems)
-    return report_of_shards(name, ShardIndex.open(folder, shards), audits, Storage(), options.processes)
+    index = ShardIndex.open(folder, shards)
+    report = report_of_shards(name, index, audits, Storage(), options.processes)
+    if repeated := repeated_keys(index):
+        report.notes.append(f"{repeated:,} samples have the key of one in another shard: are shards there twice?")
+    return report
 
 
 def _tell(title: str, reports: list[SourceReport], file: Path) -> None:

@@ -12,6 +12,7 @@ from small_recipe import fit, write_recipe
 import main
 from tests.components.data.some_shards import WORDS, pairs, write_shard, write_shards
 from tests.components.plan.test_render import Reader
+from tests.components.shards.serving import serving
 
 
 @pytest.fixture(autouse=True)
@@ -140,3 +141,22 @@ def test_pictures_that_evaluations_ask_about(folder, capsys):
     assert {made[0][3].key, made[2][7].key} <= excluded
     assert counted(text, "dropped: excluded") == len(excluded)
     assert "2 of 2" in text and Path("shards/index/overlaps.html").is_file()
+
+
+def test_shards_behind_urls_are_as_those_on_this_machine(folder, capsys):
+    options = {"filters": {"min_characters": 12, "scores": {"similarity": [0.22, None]}}, "validation_fraction": 0.1}
+    assert index("--config", str(recipe(folder, **options))) == 0
+    here = capsys.readouterr().out
+    with serving(folder / "shards") as server:
+        far = server.url + "/{00000..00002}.tar"
+        assert index("--config", str(recipe(folder, shards=far, index="far", **options)), "--show", "2") == 0
+        gets = [path for method, path, _ in server.requests if method == "GET" and path.endswith(".tar")]
+    there = capsys.readouterr().out
+    assert there.replace(f"{server.url}/", "shards/").splitlines()[:-2] == here.splitlines()[:-1]
+    assert len(gets) < 3 * 4  # neither headers nor captions are asked for one by one
+
+
+def test_keys_that_stand_in_two_shards_are_told(capsys):
+    write_shard(Path("shards"), "00003", pairs(0, 12), parquet=False)
+    assert index("--shards", "shards/*.tar") == 0
+    assert "12 samples have the key of one in another shard" in capsys.readouterr().out

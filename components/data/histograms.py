@@ -9,6 +9,7 @@ from jaxtyping import Float64, Int, Num
 BARS = 40
 _WIDTH, _HEIGHT, _BELOW = 400, 120, 32
 """Of the picture and of the space for its axis, in pixels."""
+_BAR, _TEXT = "#4d8fd6", "#808088"  # to be seen on white and on black
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def picture(title: str, unit: str, counts: Counts, logarithmic: bool = False) ->
     places = np.clip(np.searchsorted(edges, counts.values, side="right") - 1, 0, len(edges) - 2)
     bars = np.bincount(places, counts.counts, len(edges) - 1)
     width, tallest = _WIDTH / len(bars), max(float(bars.max()), 1.0)
-    drawn = []
+    drawn, named = [], []
     for bar, count in enumerate(bars):
         height = _HEIGHT * count / tallest
         last = " and more" if bar == len(bars) - 1 and counts.values[-1] > edges[-1] else ""
@@ -73,11 +74,12 @@ def picture(title: str, unit: str, counts: Counts, logarithmic: bool = False) ->
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         edge = edges[round(share * (len(edges) - 1))]
         anchor = "start" if share == 0 else "end" if share == 1 else "middle"
-        drawn.append(f'<text x="{share * _WIDTH:.0f}" y="{_HEIGHT + 16}" text-anchor="{anchor}">{_number(edge)}</text>')
+        named.append(f'<text x="{share * _WIDTH:.0f}" y="{_HEIGHT + 16}" text-anchor="{anchor}">{_number(edge)}</text>')
     words = html.escape(f"{title}, {unit}" if unit else title)
     return (
         f'<figure><figcaption>{words}</figcaption><svg viewBox="0 0 {_WIDTH} {_HEIGHT + _BELOW}" role="img" aria-label="{words}">'
-        f'<line x1="0" y1="{_HEIGHT}" x2="{_WIDTH}" y2="{_HEIGHT}"/>{"".join(drawn)}</svg>'
+        f'<g fill="{_BAR}"><rect y="{_HEIGHT}" width="{_WIDTH}" height="0.5"/>{"".join(drawn)}</g>'
+        f'<g fill="{_TEXT}" font-size="12" font-family="sans-serif">{"".join(named)}</g></svg>'
         f"<figcaption>{html.escape(in_words(counts))}</figcaption></figure>"
     )
 

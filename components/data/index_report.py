@@ -25,14 +25,13 @@ _SHOWN = ("count", "successes", "failed_to_download", "failed_to_resize")
 """What img2dataset counts, in the order of the table."""
 _PICTURES = (("characters", "caption", "characters"), ("width", "picture width", "pixels"), ("height", "picture height", "pixels"))
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1d1d1f; --paper: #fff; --line: #c9c9ce; --dim: #6b6b70; --bar: #4d8fd6; --note: #d97706; }
+:root { color-scheme: light dark; --ink: #1d1d1f; --paper: #fff; --line: #c9c9ce; --dim: #6b6b70; --note: #d97706; }
 @media (prefers-color-scheme: dark) { :root { --ink: #eee; --paper: #18181b; --line: #48484e; --dim: #a0a0a8; } }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; color: var(--ink);
   background: var(--paper); }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; } h3 { font-size: 1rem; margin-top: 1.5rem; }
 .histograms { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 1.5rem 2rem; }
 figure { margin: 0; } figcaption { color: var(--dim); } svg { width: 100%; }
-svg rect { fill: var(--bar); } svg text { fill: var(--dim); font-size: 12px; } svg line { stroke: var(--line); }
 .note { border-left: 4px solid var(--note); padding-left: .8rem; }
 table { border-collapse: collapse; } th, td { text-align: right; padding: 2px 12px; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child, .words td, .words th { text-align: left; } .words td { word-break: break-word; }
@@ -45,10 +44,9 @@ class SourceReport:
 
     Args:
         name: Its name in the recipe.
-        unit: What its files are called.
-        files: How many they are.
+        files: Its shards; 0 where it has none.
         samples: Samples that can be used.
-        num_bytes: Bytes of the files.
+        num_bytes: Their bytes.
         audits: What is wrong in each shard.
         stats: img2dataset's numbers, summed over the shards that have them.
         differences: Shards that have another number of samples than img2dataset wrote: name, samples, successes.
@@ -59,8 +57,7 @@ class SourceReport:
 
     name: str
     samples: int
-    unit: str = "shards"
-    files: int = 1
+    files: int = 0
     num_bytes: int = 0
     audits: list[Audit] = field(default_factory=list)
     stats: Counter[str] = field(default_factory=Counter)
@@ -76,8 +73,8 @@ class SourceReport:
 
     def rows(self) -> list[tuple[str, str]]:
         """What is counted, and the number."""
-        size = f", {self.num_bytes / 2**30:,.2f} GiB" if self.num_bytes else ""
-        rows = [(self.unit, f"{self.files:,}{size}"), ("samples", f"{self.samples:,}")]
+        size = f"{self.num_bytes / 2**30:,.3g} GiB"
+        rows = [("shards", f"{self.files:,}, {size}")] * bool(self.files) + [("samples", f"{self.samples:,}")]
         rows += [(f"put aside: {kind}", f"{count:,}") for kind, count in self.problems.most_common()]
         rows += [(f"img2dataset: {key}", f"{self.stats[key]:,}") for key in _SHOWN if key in self.stats]
         return rows + [(what, f"{count:,}") for what, count in self.use.items()]

@@ -14,6 +14,8 @@ import numpy as np
 from jaxtyping import Float64
 
 from components.errors import RecipeError
+from components.shards.names import is_remote
+from components.shards.one_shard import Pieces
 from components.shards.rows import ShardIndex
 from components.shards.sample import MAX_JSON_BYTES, hash_key, split_name
 from components.shards.storage import Storage
@@ -126,10 +128,13 @@ def _of_members(url: str, columns: list[str], storage: Storage) -> dict[str, lis
 
 def _records(url: str, storage: Storage) -> Iterator[tuple[str, dict[str, Any]]]:
     """The .json members of a shard with the keys of their samples."""
-    for member in walk(partial(storage.read, url), storage.size(url)):
+    size = storage.size(url)
+    # of a file on this machine the pictures need not be read
+    read = Pieces(storage, url, size) if is_remote(url) else partial(storage.read, url)
+    for member in walk(read, size):
         if isinstance(member, Member) and split_name(member.name)[1] == "json" and member.size <= MAX_JSON_BYTES:
             try:
-                record = json.loads(storage.read(url, member.offset, member.size))
+                record = json.loads(read(member.offset, member.size))
             except ValueError:
                 continue
             if isinstance(record, dict):

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from components.data.shard_files import ShardFiles, in_parallel, save
 from components.data.sources.base import Source
 from components.data.sources.tar_shards import TarShards, by_shard
 from components.errors import BadSample
+from components.shards.names import is_remote
+from components.shards.one_shard import Pieces
+from components.shards.storage import Storage
 
 KIND = "tokens"
 UNUSABLE = 0
@@ -142,14 +146,30 @@ class MeasuredFile:
         return {"path": self.path, "_lengths": None}  # a process maps the file itself
 
 
+class _InPieces(Storage):
+    """Reads a shard behind a url in large pieces: its captions one by one would be as many requests."""
+
+    pieces: Pieces | None = None
+
+    def read(self, url: str, offset: int, size: int) -> bytes:
+        """The `size` bytes from byte `offset` of a file on."""
+        if not is_remote(url):
+            return super().read(url, offset, size)
+        if self.pieces is None or self.pieces.url != url:
+            self.pieces = Pieces(Storage(), url, self.size(url))
+        return self.pieces(offset, size)
+
+
 @dataclass
 class _OfShard:
     work: Measure
 
     def __call__(self, shard: int) -> tuple[Lengths, dict[str, Any]]:
-        assert isinstance(self.work.source, TarShards)
-        first, end = self.work.source.starts[shard : shard + 2].tolist()
-        lengths = self.work.of(first, end)
+        source = copy(self.work.source)
+        assert isinstance(source, TarShards)
+        source.storage = _InPieces()
+        first, end = source.starts[shard : shard + 2].tolist()
+        lengths = replace(self.work, source=source).of(first, end)
         return lengths, {"unusable": int((lengths == UNUSABLE).sum())}
 
 

@@ -80,7 +80,7 @@ def _sample(example: Example, place: int) -> list[str]:
         *(_pictures(data, pixels, layout.tokens_per_image) for data, pixels in zip(sample.images, document.pixels, strict=True)),
         "</div>",
         "<h3>What the model reads</h3>" if several else "<h2>What the model reads</h2>",
-        "<p>" + "".join(f'<span class="key {kind}">{text}</span>' for kind, text in _CODE.items()) + "</p>",
+        "" if place else "<p>" + "".join(f'<span class="key {kind}">{text}</span>' for kind, text in _CODE.items()) + "</p>",
         f'<div class="tokens">{_tokens(example, document)}</div>',
     ]
 

@@ -37,7 +37,7 @@ _MAX_OTHERS = 16  # members of one sample that are remembered though they are no
 _SHOWN = 200  # characters of a key in a problem
 
 
-class _Pieces:
+class Pieces:
     """A shard in, ranges of its bytes out, read in large pieces that follow one another."""
 
     def __init__(self, storage: Storage, url: str, size: int) -> None:
@@ -45,6 +45,7 @@ class _Pieces:
         self.start, self.piece = 0, b""
 
     def __call__(self, offset: int, size: int) -> bytes:
+        """The `size` bytes from byte `offset` on."""
         if size > _PIECE:
             return self.storage.read(self.url, offset, size)
         if not self.start <= offset <= offset + size <= self.start + len(self.piece):
@@ -60,7 +61,7 @@ class _Unusable(Exception):
 class _ShardAudit:
     """The members of a shard in, rows and problems out."""
 
-    def __init__(self, read: _Pieces) -> None:
+    def __init__(self, read: Pieces) -> None:
         self.read = read
         self.rows = np.empty(1024, ROW)
         self.samples = 0
@@ -176,7 +177,7 @@ def audit_shard(url: str, name: str, storage: Storage) -> tuple[Audit, np.ndarra
         RecipeError: It cannot be read.
     """
     identity = storage.identity(url)
-    found = _ShardAudit(_Pieces(storage, url, identity.size))
+    found = _ShardAudit(Pieces(storage, url, identity.size))
     found.run()
     if storage.identity(url) != identity:
         raise RecipeError(f"{url} changed while it was read. Wait until it is written, then start again.")
