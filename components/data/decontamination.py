@@ -1,4 +1,4 @@
-"""Training pictures that evaluations ask about, of tar shards and of LLaVA files: what `python main.py index --against` finds.
+"""Training pictures that evaluations ask about, of tar shards and of annotation files: what `python main.py index --against` finds.
 
 The hashes of the training pictures are kept beside the index, shard by shard, so that an interrupted pass goes on where it was and
 other evaluations are compared without reading the shards again.
@@ -33,7 +33,6 @@ from components.errors import BadSample
 from components.shards.rows import ShardIndex
 from components.shards.sample import Pair, read_sample
 from components.shards.storage import Storage
-from components.turns import parse_llava
 
 __all__ = ["NEAR", "Overlaps", "find_overlaps", "find_overlaps_of_annotations"]
 
@@ -88,10 +87,10 @@ def find_overlaps(
 def find_overlaps_of_annotations(
     annotations: Path, images: Path, folders: list[Path], distance: int, output: Path, processes: int, follow_links: bool = False
 ) -> Overlaps:
-    """Which pictures that a LLaVA file names are those of evaluations, or nearly so.
+    """Which pictures that an annotation file names are those of evaluations, or nearly so.
 
     Args:
-        annotations: The JSON or JSONL file.
+        annotations: A JSON or JSONL file of LLaVA conversations or of questions, with `image`.
         images: Folder that picture names are relative to.
         folders: As for `find_overlaps`; so are `distance`, `output` and `processes`.
         distance: 0 to 16.
@@ -100,15 +99,17 @@ def find_overlaps_of_annotations(
         follow_links: Whether links inside `images` may lead out of it.
 
     Raises:
-        RecipeError: A folder is not there or holds no picture, or a record is none of LLaVA's.
+        RecipeError: A folder is not there or holds no picture, or the file cannot be read.
     """
     records, folder = Annotations(annotations), Folder(str(images), str(annotations), follow_links)
     search = Search(read_evaluation_pictures(folders, processes), distance)
     named: dict[str, list[int]] = {}
     for number in range(len(records)):
         with suppress(BadSample):  # what cannot be parsed is not trained on either
-            for name in parse_llava(records[number])[1]:
-                named.setdefault(name, []).append(number)
+            image = records[number].get("image")
+            for name in image if isinstance(image, list) else [image]:
+                if isinstance(name, str):
+                    named.setdefault(name, []).append(number)
     names = list(named)
 
     def read(row: int) -> bytes:

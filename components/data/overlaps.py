@@ -80,7 +80,7 @@ class Overlaps:
         overlaps: File of all overlaps, one JSON object a line.
         page: HTML page that shows some of them.
         without: File by which a recipe trains without them: `exclude.jsonl` has shard and key of each, for the `filters.exclude` of
-            tar shards; `kept.jsonl` has the other records of a LLaVA file, for its `annotations`.
+            tar shards; `kept.jsonl` has the other records of an annotation file, to be named instead of it.
     """
 
     evaluation: int

@@ -15,6 +15,7 @@ from PIL import Image
 from components.data import decontamination, overlaps
 from components.data.decontamination import Overlaps, find_overlaps, find_overlaps_of_annotations
 from components.data.evaluation_pictures import read_evaluation_pictures
+from components.data.filters import DROPPED, TRAIN, Filters, Select
 from components.data.overlaps import PICTURE, hash_pictures
 from components.errors import RecipeError
 from components.shards.names import names_in_index
@@ -136,6 +137,9 @@ def test_copies_in_shards_are_found_and_listed(tmp_path, evaluation):
     assert records(found.without) == [
         {"shard": index.names[shard], "key": key} for shard, key in ((0, "0000"), (0, "0002"), (1, "1002"), (1, LONG))
     ]
+    filters = Filters(exclude=str(found.without))
+    used = [Select(index, filters, 0.0, STORAGE)(shard)[0].tolist() for shard in range(2)]
+    assert used == [[DROPPED, TRAIN, DROPPED, TRAIN], [TRAIN, DROPPED, DROPPED, TRAIN]]
     assert f"filters: {{exclude: {tmp_path / 'out' / 'exclude.jsonl'}}}" in found.lines()[1]
     assert "4 training samples show 4 of 7 evaluation pictures: 2 exact, 2 near. 8 training pictures were" in found.lines()[0]
     assert any(line.startswith("1 training pictures cannot be decoded") for line in found.lines())
@@ -221,14 +225,20 @@ def test_copies_in_a_llava_file_are_found(tmp_path, evaluation):
         {"id": "e", "conversations": says},
         {"id": "f", "image": "absent.jpg", "conversations": says},
         {"id": "g", "image": 7, "conversations": says},
+        {"question_id": 3, "image": "small.jpg", "text": "What?", "answer": "This."},
     ]
     (tmp_path / "llava.json").write_text(json.dumps(lines))
     found = find_overlaps_of_annotations(tmp_path / "llava.json", images, [evaluation], 8, tmp_path / "out", 1)
-    assert triples(found, evaluation) == [("a", "artwork/2.jpg", "exact"), ("c", "4.webp", "near"), ("d", "artwork/2.jpg", "exact")]
-    assert (found.exact, found.near, found.pictures, found.unreadable) == (2, 1, 4, 1)
+    assert triples(found, evaluation) == [
+        ("a", "artwork/2.jpg", "exact"),
+        ("c", "4.webp", "near"),
+        ("d", "artwork/2.jpg", "exact"),
+        ("7", "4.webp", "near"),
+    ]
+    assert (found.exact, found.near, found.pictures, found.unreadable) == (2, 2, 4, 1)
     assert [record["id"] for record in records(found.without)] == ["b", "e", "f", "g"]
     assert f"annotations: {tmp_path / 'out' / 'kept.jsonl'}" in found.lines()[1]
-    assert found.page.read_text().count("<img") == 6
+    assert found.page.read_text().count("<img") == 8
 
 
 def test_nearly_uniform_pictures_overlap_only_with_their_like(tmp_path):
