@@ -35,6 +35,8 @@ def expand(pattern: str) -> list[str]:
     """
     if not pattern.strip():
         raise RecipeError("A name of shards is empty. Name tar files, for example data/{00000..00099}.tar.")
+    if is_remote(pattern) and "*" in pattern:
+        raise RecipeError(f"Shards {pattern}: urls are not searched for *. List them in braces, for example {{00000..00099}}.")
     names: set[str] = set()
     for name in _braces(pattern):
         names.update([name] if is_remote(name) else _globbed(name))
@@ -66,13 +68,14 @@ def names_in_index(shards: list[str]) -> list[str]:
             (depth for depth, parts in enumerate(zip(*folders, strict=False)) if len(set(parts)) > 1), min(map(len, folders))
         )
         names = ["/".join(path.split("/")[common:]).removesuffix(".tar") for path in paths]
-        unique = {name for name in names if not {"", "..", "s3:", "gs:", "https:"} & set(name.split("/"))}
+        unique = {name for name in names if not {"", ".."} & set(name.split("/")) and ":" not in name.partition("/")[0]}
     if len(unique) < len(names) or "" in unique or ".." in unique:
         counts = Counter(names)
         name = next(name for name in names if counts[name] > 1 or name not in unique or name in ("", ".."))
-        same = [shard for shard, other in zip(shards, names, strict=True) if other == name] + shards
+        same = [shard for shard, other in zip(shards, names, strict=True) if other == name]
+        other = (same + [shard for shard in shards if shard not in same] + same)[1]
         raise RecipeError(
-            f"Shards {same[0]} and {same[1]} cannot be told apart in one index folder. Rename them, or index them apart."
+            f"Shards {same[0]} and {other} cannot be told apart in one index folder. Rename them, or index them apart."
         )
     return names
 

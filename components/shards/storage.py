@@ -36,7 +36,8 @@ class Storage:
     """Names of files in, ranges of their bytes out. What fails is tried again before it is an error.
 
     Files on this machine are read through a few open descriptors; urls through fsspec, whose packages read credentials and
-    endpoints from the environment and from their own configuration. May be pickled, and used before and after a fork.
+    endpoints from the environment and from their own configuration. May be pickled, and used before and after a
+    fork, but not by several threads at once.
 
     Args:
         max_open: Files of this machine that are open at once, at least 1.
@@ -107,8 +108,8 @@ class Storage:
             except RecipeError:
                 raise
             except Exception as error:  # the clients of object stores raise nearly anything
-                if isinstance(error.__cause__, Exception):  # fsspec calls whatever fails when it asks for a size "not found"
-                    error = error.__cause__
+                if url.startswith("http") and isinstance(error.__cause__, Exception):
+                    error = error.__cause__  # fsspec calls whatever fails when it asks a web server for a size "not found"
                 if url in self._open:
                     os.close(self._open.pop(url))  # a stale handle of a network file system stays stale
                 if wait is None or not _may_pass(error):

@@ -1,6 +1,7 @@
 """The audit of many shards: in parallel, begun again where it was ended, and ended by no shard."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -117,6 +118,32 @@ def test_an_index_that_cannot_be_written_is_an_error(tmp_path) -> None:
     (tmp_path / "index").write_text("")
     with pytest.raises(RecipeError, match="could not be written"):
         audit(shards(tmp_path, 3), tmp_path / "index", 2, progress=False)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
+def test_a_full_disk_is_an_error_and_what_is_finished_stays(tmp_path) -> None:
+    paths, folder = shards(tmp_path, 3), tmp_path / "index"
+    audit(paths[:2], folder, 1, progress=False)
+    Path(paths[2]).write_bytes(tar(samples(400)))  # its rows are larger than the disk
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(RecipeError, match=r"00002.rows.npy could not be written: .*File too large.*Free space there"):
+            audit(paths, folder, 2, progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(path.name for path in folder.glob("*.audit.json")) == ["00000.audit.json", "00001.audit.json"]
+    assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
+    assert [one.samples for one in audit(paths, folder, 2, progress=False)] == [3, 3, 400]
+
+
+def test_a_server_without_ranges_is_said_in_the_audit(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("components.shards.one_shard._PIECE", 2**14)
+    Path(tmp_path / "0.tar").write_bytes(whole())
+    with serving(tmp_path) as server:
+        server.faults = [""] + ["no ranges"] * 10
+        (found,) = audit([f"{server.url}/0.tar"], tmp_path / "index", 1, progress=False, storage=IMPATIENT)
+    assert found.counts == {"unreadable": 1} and "no ranged reads" in found.problems[0].reason
 
 
 def test_progress_counts_samples_and_problems(tmp_path, capsys) -> None:

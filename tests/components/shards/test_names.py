@@ -53,7 +53,15 @@ def test_names_in_an_index() -> None:
     assert names_in_index(["0.tar", "d/0.tar"]) == ["0", "d/0"]
 
 
-@pytest.mark.parametrize("shards", [["s3://b/0.tar", "/d/0.tar"], ["d/0.tar", "d/0"], ["d/../0.tar", "d/0.tar"]])
+def test_stars_in_urls_are_refused() -> None:
+    with pytest.raises(RecipeError, match=r"s3://bucket/\*.tar: urls are not searched.*braces"):
+        expand("s3://bucket/*.tar")
+
+
+@pytest.mark.parametrize(
+    "shards",
+    [["s3://b/0.tar", "/d/0.tar"], ["d/0.tar", "d/0"], ["d/../0.tar", "d/0.tar"], [".tar"], ["gs://b/0.tar", "s3://b/0.tar"]],
+)
 def test_names_that_cannot_be_told_apart(shards: list[str]) -> None:
     with pytest.raises(RecipeError, match="cannot be told apart"):
         names_in_index(shards)
