@@ -13,6 +13,7 @@ MAX_EXTENSION = 2**16
 """Bytes of a long name or of a pax header."""
 
 _PIECE = 2**18  # bytes that are scanned at once for the next header
+_MAX_END = 20_480  # zeros at the end of a whole archive: two blocks, and what fills up its last record
 _EXTENSIONS = b"LKxXg"  # GNU's long names and links, pax headers of the next member and of all that follow
 _REGULAR = b"0\0007"
 _WITHOUT_DATA = b"123456"  # links, devices, folders, pipes
@@ -214,8 +215,11 @@ def _between(at: int, after: int | None, data: bool, size: int, block: bytes, re
     zeros = not any(block)
     if after is not None:
         return Problem("zero block" if zeros else "bad header", "", at, f"{reason}; {after - at} bytes were passed over")
+    if zeros and data:
+        return Problem("zero block", "", at, f"{size - at} bytes from here on hold no header")
     if zeros:
-        return Problem("zero block", "", at, f"{size - at} bytes from here on hold no header") if data else None
+        reason = f"{size - at} zeros follow, more than end a whole archive: what stood there is lost"
+        return Problem("zero block", "", at, reason) if size - at > _MAX_END else None
     if at == 0:
         return _not_a_tar(block, f"something else: it begins with {block[:16]!r}")
     return Problem("bad header", "", at, f"{reason}; no header follows in the last {size - at} bytes")

@@ -84,6 +84,11 @@ def zeroed_blocks() -> bytes:
     return _replaced(whole(), start, bytes(end - start))
 
 
+def zeros_to_the_end() -> bytes:
+    """As many bytes as were to come, but zeros from sample 3 on: a file system that crashed leaves such files."""
+    return whole()[: header_of(whole(), "000003.jpg")] + bytes(30_000)
+
+
 def bad_header() -> bytes:
     """One byte of the name of sample 2's picture is flipped."""
     return _replaced(whole(), header_of(whole(), "000002.jpg"), b"x")
@@ -182,6 +187,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str, list[str]]] = {
     "truncated": (truncated, "truncated", ["000000", "000001", "000002"]),
     "truncated between members": (truncated_between_members, "truncated", ["000000", "000001", "000002"]),
     "zeroed blocks": (zeroed_blocks, "zero block", ["000000", "000001", "000003", "000004"]),
+    "zeros to the end": (zeros_to_the_end, "zero block", ["000000", "000001", "000002"]),
     "bad header": (bad_header, "bad header", ["000000", "000001", "000003", "000004"]),
     "duplicate key": (duplicate_key, "duplicate key", ["000000", "000001", "000002", "000003", "000004"]),
     "zero-byte picture": (zero_byte_picture, "empty member", ["000001"]),

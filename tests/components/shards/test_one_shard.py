@@ -226,3 +226,16 @@ def test_memory_is_bounded(tmp_path, case: str) -> None:
     kilobytes, used = shown.stdout.split(maxsplit=1)
     print(f"{case}: {int(kilobytes) // 1024} MB more; {used}")
     assert int(kilobytes) < 100 * 1024  # 156 MB at the 1,000,000 samples that are the limit
+
+
+@pytest.mark.parametrize("seed", range(15))
+def test_what_survives_damage_can_be_read(tmp_path, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    formats = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
+    data = bytearray(tar([(f"{'n' * 60}/{name}", content) for name, content in samples(8)], formats[seed % 3]))
+    start, size = int(random.integers(0, len(data) * 3 // 4)), int(random.integers(1, 6000))
+    data[start : start + size] = (b"", bytes(size), random.bytes(size))[seed % 5 % 3]
+    found, rows, path = audited(tmp_path, bytes(data))
+    assert found.counts or len(rows) == 8
+    for row in rows:
+        assert read_sample(Storage(), path, row).image

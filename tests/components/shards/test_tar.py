@@ -109,7 +109,8 @@ def test_the_writer_of_webdataset(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", ["truncated", "truncated between members", "zeroed blocks", "bad header", "huge size", "symbolic link"]
+    "case",
+    ["truncated", "truncated between members", "zeroed blocks", "zeros to the end", "bad header", "huge size", "symbolic link"],
 )
 def test_a_broken_archive_loses_only_what_is_broken(case: str) -> None:
     make, kind, remaining = HOSTILE[case]
