@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from components.data.decontamination import NEAR, find_overlaps, find_overlaps_of_annotations
+from components.data.decontamination import NEAR, find_overlaps, overlaps_of
 from components.data.filters import open_selection, select
 from components.data.histograms import Counts
 from components.data.index_report import SourceReport, in_html, in_text, report_of_shards
-from components.data.sources import LlavaConversations, TarShards
+from components.data.sources import TarShards
 from components.data.token_lengths import UNUSABLE, Measure, measure
 from components.errors import RecipeError
 from components.plan.example import example_of
@@ -39,6 +39,10 @@ def main(arguments: list[str]) -> int:
     """Parse the options of `index`, do what is missing, print the report and write its pages."""
     options, rest = _parser().parse_known_args(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # processes share the work, not threads
+    for option, needed in (("distance", "against"), ("page", "show")):
+        if getattr(options, option) is not None and not getattr(options, needed):
+            raise RecipeError(f"--{option} says nothing without --{needed}. Give both, or neither.")
+    options.distance = NEAR if options.distance is None else options.distance
     if options.shards:
         return _index_shards(options, rest)
     files = named_recipes(rest)
@@ -89,7 +93,7 @@ def _index_recipe(options: Namespace, rest: list[str], files: list[str]) -> int:
         first.prepare(options.show)
         file = options.page or RUNS / run / SAMPLES
         write(file, page(run, "", example_of(first, options.show, options.show)))
-        print(f"The first {options.show} samples of the run as they are trained: {file}")
+        print("\n".join([*first.bad, f"The first {options.show} samples of the run as they are trained: {file}"]))
     return 0
 
 
@@ -109,18 +113,12 @@ def _indexed(name: str, work: Measure, run: Path, options: Namespace) -> SourceR
             report.use |= {f"dropped: {reason}": count for reason, count in selection.dropped.items()}
         source.setup()
     else:
+        notes = []
+        if options.against:  # first: the source may exclude what is found
+            notes = overlaps_of(source, options.against, options.distance, run / name, options.processes)
         source.setup()
         report = SourceReport(name, source.num_samples + len(source.validation_indices))
-        if options.against and isinstance(source, LlavaConversations):
-            report.notes += find_overlaps_of_annotations(
-                Path(source.annotations),
-                Path(source.images),
-                options.against,
-                options.distance,
-                run / name,
-                options.processes,
-                source.follow_links,
-            ).lines()
+        report.notes += notes
     if source.fixed_text:
         _add_lengths(report, measure(work, options.processes, name))
     else:
@@ -193,12 +191,11 @@ def _parser() -> ArgumentParser:
         metavar="FOLDER",
         help="List the training pictures that are also in these folders of evaluations, at any depth or in .zip files: "
         "overlaps.jsonl, overlaps.html, and exclude.jsonl for `filters: {exclude: ...}` of a recipe, beside the index; those of "
-        "LLaVA files in runs/NAME/SOURCE.",
+        "other sources in runs/NAME/SOURCE, with kept.jsonl or exclude.jsonl to train without them.",
     )
     add(
         "--distance",
         type=_whole(0, 16),
-        default=NEAR,
         metavar="BITS",
         help=f"Bits of 64 in which the perceptual hashes of pictures that look the same may differ, 0 to 16. Default: {NEAR}.",
     )

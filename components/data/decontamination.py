@@ -1,4 +1,4 @@
-"""Training pictures that evaluations ask about, of tar shards and of annotation files: what `python main.py index --against` finds.
+"""Training pictures that evaluations ask about, of every kind of source that is read: what `python main.py index --against` finds.
 
 The hashes of the training pictures are kept beside the index, shard by shard, so that an interrupted pass goes on where it was and
 other evaluations are compared without reading the shards again.
@@ -16,9 +16,7 @@ import numpy as np
 from components.annotations import Annotations
 from components.data.evaluation_pictures import read_evaluation_pictures
 from components.data.overlaps import (
-    EXCLUDE,
     HASHED_AT_ONCE,
-    KEPT,
     NEAR,
     Match,
     Overlap,
@@ -28,13 +26,17 @@ from components.data.overlaps import (
     write_lines,
 )
 from components.data.shard_files import ShardFiles, in_parallel
+from components.data.sources.base import Source
+from components.data.sources.dataset_folder import HuggingFaceDataset
 from components.data.sources.folder import Folder
+from components.data.sources.llava import LlavaConversations
+from components.data.sources.question_answers import QuestionAnswers
 from components.errors import BadSample
 from components.shards.rows import ShardIndex
 from components.shards.sample import Pair, read_sample
 from components.shards.storage import Storage
 
-__all__ = ["NEAR", "Overlaps", "find_overlaps", "find_overlaps_of_annotations"]
+__all__ = ["NEAR", "Overlaps", "find_overlaps", "find_overlaps_of_annotations", "find_overlaps_of_dataset", "overlaps_of"]
 
 _KIND = "pictures"
 _LAYOUT = "1"  # of the hashes beside the index; raise it when they change
@@ -75,7 +77,8 @@ def find_overlaps(
         overlaps,
         lambda overlap: read(numbers[overlap.shard], overlap.row).image,
         output,
-        EXCLUDE,
+        "exclude.jsonl",
+        "filters: {{exclude: {}}}",
         pictures=int(index.sizes.sum()),
         unreadable=sum(known["unreadable"] for known in facts),
     )
@@ -115,30 +118,80 @@ def find_overlaps_of_annotations(
     def read(row: int) -> bytes:
         return folder.read(names[row])
 
-    def compare(first: int) -> tuple[list[Match], int]:
-        rows = range(first, min(first + HASHED_AT_ONCE, len(names)))
-        pictures = hash_pictures(_or_nothing(read, row) for row in rows)
-        matches = search.matches(pictures, lambda row: read(first + row))
-        return [match._replace(row=first + match.row) for match in matches], int((~pictures["decoded"]).sum())
-
-    parts = in_parallel(compare, range(0, len(names), HASHED_AT_ONCE), processes, "overlaps", f"{HASHED_AT_ONCE} pictures")
+    matches, unreadable = _matches(search, read, len(names), processes)
     overlaps, place = [], {}
-    for match in (match for matches, _ in parts for match in matches):
+    for match in matches:
         for number in named[names[match.row]]:
             key = str(records[number].get("id", number))
             overlaps.append(search.overlap(str(annotations), key, match._replace(row=number)))
             place[overlaps[-1]] = match.row
     result = search.write(
-        overlaps,
-        lambda overlap: read(place[overlap]),
-        output,
-        KEPT,
-        pictures=len(names),
-        unreadable=sum(unreadable for _, unreadable in parts),
+        overlaps, lambda overlap: read(place[overlap]), output, "kept.jsonl", "annotations: {}", len(names), unreadable
     )
     dropped = {overlap.row for overlap in overlaps}
     write_lines(result.without, _lines_of(records, dropped))
     return result
+
+
+def find_overlaps_of_dataset(
+    source: HuggingFaceDataset, folders: list[Path], distance: int, output: Path, processes: int
+) -> Overlaps:
+    """Which pictures of a Hugging Face dataset are those of evaluations, or nearly so.
+
+    Args:
+        source: The dataset; whatever it excludes by now is compared too.
+        folders: As for `find_overlaps`; so are `distance`, `output` and `processes`.
+        distance: 0 to 16.
+        output: Folder for `overlaps.jsonl`, `overlaps.html` and `exclude.jsonl`.
+        processes: At least 1.
+
+    Raises:
+        RecipeError: A folder is not there or holds no picture, or the dataset cannot be read.
+    """
+    whole = HuggingFaceDataset(source.path, source.split, source.images, source.follow_links)
+    whole.open()
+    search = Search(read_evaluation_pictures(folders, processes), distance)
+    ends = np.cumsum(whole.num_pictures)  # pictures are counted through all records
+
+    def read(picture: int) -> bytes:
+        record = int(np.searchsorted(ends, picture, side="right"))
+        return whole.pictures(record)[picture - int(ends[record])]
+
+    matches, unreadable = _matches(search, read, int(ends[-1]), processes)
+    overlaps, place = [], {}
+    for match in matches:
+        record = int(np.searchsorted(ends, match.row, side="right"))
+        overlaps.append(search.overlap(source.path, whole.id(record), match._replace(row=record)))
+        place[overlaps[-1]] = match.row
+    pictures = int(ends[-1])
+    result = search.write(
+        overlaps, lambda overlap: read(place[overlap]), output, "exclude.jsonl", "exclude: {}", pictures, unreadable
+    )
+    rows = sorted({overlap.row for overlap in overlaps})
+    write_lines(result.without, (json.dumps({"shard": source.path, "row": row}) for row in rows))
+    return result
+
+
+def overlaps_of(source: Source, folders: list[Path], distance: int, output: Path, processes: int) -> list[str]:
+    """What a source without shards shares with evaluations, in a few lines; the arguments are those of `find_overlaps`."""
+    if isinstance(source, HuggingFaceDataset):
+        return find_overlaps_of_dataset(source, folders, distance, output, processes).lines()
+    if isinstance(source, LlavaConversations | QuestionAnswers):
+        annotations, images = Path(source.annotations), Path(source.images)
+        return find_overlaps_of_annotations(annotations, images, folders, distance, output, processes, source.follow_links).lines()
+    return [f"{source.describe()}: its pictures are not compared with those of evaluations"]
+
+
+def _matches(search: Search, read: Callable[[int], bytes], num_pictures: int, processes: int) -> tuple[list[Match], int]:
+    """The matches of pictures that are read by their numbers, and how many of them cannot be decoded."""
+
+    def compare(first: int) -> tuple[list[Match], int]:
+        pictures = hash_pictures(_or_nothing(read, row) for row in range(first, min(first + HASHED_AT_ONCE, num_pictures)))
+        matches = search.matches(pictures, lambda row: read(first + row))
+        return [match._replace(row=first + match.row) for match in matches], int((~pictures["decoded"]).sum())
+
+    parts = in_parallel(compare, range(0, num_pictures, HASHED_AT_ONCE), processes, "overlaps", f"{HASHED_AT_ONCE} pictures")
+    return [match for matches, _ in parts for match in matches], sum(unreadable for _, unreadable in parts)
 
 
 def _lines_of(records: Annotations, dropped: set[int]) -> Iterator[str]:

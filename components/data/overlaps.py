@@ -38,7 +38,6 @@ NEAR = 8
 """Bits of the perceptual hash in which near pictures may differ, where nothing else is said."""
 PICTURE = np.dtype([("digest", "<u8"), ("hash", "<u8"), ("decoded", "?")])
 """A training picture: the first 8 bytes of the SHA-256 of its file, its perceptual hash, and whether it could be decoded."""
-EXCLUDE, KEPT = "exclude.jsonl", "kept.jsonl"
 HASHED_AT_ONCE = 256
 _MOST = 16  # overlaps that are listed of one training picture, nearest first
 _SHOWN = 60
@@ -79,8 +78,8 @@ class Overlaps:
         found: Evaluation pictures of which there is a copy.
         overlaps: File of all overlaps, one JSON object a line.
         page: HTML page that shows some of them.
-        without: File by which a recipe trains without them: `exclude.jsonl` has shard and key of each, for the `filters.exclude` of
-            tar shards; `kept.jsonl` has the other records of an annotation file, to be named instead of it.
+        without: File by which a recipe trains without them.
+        remedy: How the source of the recipe names it.
     """
 
     evaluation: int
@@ -93,14 +92,14 @@ class Overlaps:
     overlaps: Path
     page: Path
     without: Path
+    remedy: str
 
     def lines(self) -> list[str]:
         """The result in a few lines for the terminal."""
         lines = [
             f"{self.exact + self.near:,} training samples show {self.found:,} of {self.evaluation:,} evaluation pictures: "
             f"{self.exact:,} exact, {self.near:,} near. {self.pictures:,} training pictures were compared.",
-            f"All: {self.overlaps}. Some side by side: {self.page}. To train without them: "
-            + (f"annotations: {self.without}" if self.without.name == KEPT else f"filters: {{exclude: {self.without}}}"),
+            f"All: {self.overlaps}. Some side by side: {self.page}. To train without them: {self.remedy}",
         ]
         if self.unreadable:
             lines.append(f"{self.unreadable:,} training pictures cannot be decoded; their bytes alone were compared.")
@@ -167,6 +166,7 @@ class Search:
         read: Callable[[Overlap], bytes],
         output: Path,
         without: str,
+        remedy: str,
         pictures: int,
         unreadable: int,
     ) -> Overlaps:
@@ -177,6 +177,7 @@ class Search:
             read: The training picture of an overlap.
             output: Folder of the files.
             without: Name of the file by which a recipe trains without them, which is the caller's to write.
+            remedy: How the source of the recipe names that file, with {} for its path.
             pictures: Training pictures that were compared.
             unreadable: Those that could not be decoded.
         """
@@ -198,6 +199,7 @@ class Search:
             overlaps=output / "overlaps.jsonl",
             page=output / "overlaps.html",
             without=output / without,
+            remedy=remedy.format(output / without),
         )
         pairs = (
             SideBySide(f"{o.shard}: {o.key}", o.picture, f"{o.kind}, {o.distance} bits", read(o), by_name[o.picture].read())

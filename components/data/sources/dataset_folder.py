@@ -1,6 +1,7 @@
 """Hugging Face datasets on disk: folders of `save_to_disk` and Parquet files, memory-mapped as Arrow."""
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ class HuggingFaceDataset(Source):
         split: Which of its splits; null where there is one alone.
         images: Folder that paths of pictures are relative to, where records hold paths; null: the dataset's own.
         follow_links: Whether links inside that folder may lead out of it.
+        exclude: File of `python main.py index --against`, with the records that evaluations ask about: they are left out.
         weight: Relative weight in the mixture, > 0; null where `epochs` or `samples` says how much is drawn.
         epochs: How often a run draws each of its samples, > 0, instead of a weight.
         samples: How many samples a run draws from it, >= 1, instead of a weight.
@@ -52,6 +54,7 @@ class HuggingFaceDataset(Source):
         split: str | None = None,
         images: str | None = None,
         follow_links: bool = False,
+        exclude: str | None = None,
         weight: float | None = 1.0,
         epochs: float | None = None,
         samples: int | None = None,
@@ -63,6 +66,7 @@ class HuggingFaceDataset(Source):
         self.split = split
         self.images = images
         self.follow_links = follow_links
+        self.exclude = exclude
 
     def open(self) -> UInt64[np.ndarray, " samples"]:
         """Map the files and recognize the records; samples of one picture belong together."""
@@ -73,23 +77,39 @@ class HuggingFaceDataset(Source):
         self.layout = recognize(self.rows.column_names, self._name())
         own = self.path if Path(self.path).is_dir() else str(Path(self.path).parent)
         self.folder = Folder(self.images or own, self.path, self.follow_links)
-        self.text_bytes = self._of_rows(self.layout.text, _text_bytes)
-        self.num_pictures = np.zeros(len(self.rows), dtype=np.int64)
+        self.kept = np.arange(len(self.rows))
+        if self.exclude:
+            self.kept = np.setdiff1d(self.kept, _excluded(self.exclude))
+        self.text_bytes = self._of_rows(self.layout.text, _text_bytes)[self.kept]
+        self.num_pictures = np.zeros(len(self.kept), dtype=np.int64)
         if self.layout.pictures:
-            self.num_pictures = self._of_rows(self.layout.pictures, _num_pictures)
+            self.num_pictures = self._of_rows(self.layout.pictures, _num_pictures)[self.kept]
+        if not len(self.kept):
+            raise RecipeError(
+                f"{self._name()}: {self.exclude} leaves none of {len(self.rows)} records. Name another file (exclude)."
+            )
         self._parse(0)  # a layout that only looks like one of ours shows before the run starts
         if not self.validation_fraction or not self.layout.pictures:
-            return np.arange(len(self.rows), dtype=np.uint64)
-        return group_numbers(self._picture_names(self.layout.pictures))
+            return self.kept.astype(np.uint64)
+        return group_numbers(self._picture_names(self.layout.pictures))[self.kept]
 
     def sample(self, index: int, random: np.random.Generator) -> Sample:
         """The record at an index."""
         name, turns, _ = self._parse(index)
-        pictures = pictures_of(self._value(index, self.layout.pictures)) if self.layout.pictures else []
         try:
-            return Sample(name, turns, [self._bytes(picture) for picture in pictures])
+            return Sample(name, turns, self.pictures(index))
         except BadSample as error:
             raise BadSample(f"{self.where(index)}, id {name}: {error}") from error
+
+    def pictures(self, index: int) -> list[bytes]:
+        """The encoded pictures of the record at an index.
+
+        Raises:
+            BadSample: One of them is missing or cannot be read.
+        """
+        if not self.layout.pictures:
+            return []
+        return [self._bytes(picture) for picture in pictures_of(self._value(index, self.layout.pictures))]
 
     def text(self, index: int, random: np.random.Generator) -> tuple[str, list[Turn], int]:
         """The record at an index, without its pictures."""
@@ -101,29 +121,32 @@ class HuggingFaceDataset(Source):
 
     def where(self, index: int) -> str:
         """Folder or file, split and row."""
-        return f"{self._name()}, row {index}"
+        return f"{self._name()}, row {self.kept[index]}"
 
     def describe(self) -> str:
         """Folder or file, split, and what its records are."""
         return f"{self._name()} ({self.layout.name})" if hasattr(self, "layout") else self._name()
 
     def fingerprint(self) -> str:
-        """Name, split, number of records, and digests of all texts' sizes and of the first and the last text."""
-        ends = [str(self._value(row, self.layout.text)) for row in (0, len(self.rows) - 1)]
-        digest = hashlib.blake2b(self.text_bytes.tobytes() + self.num_pictures.tobytes(), digest_size=8)
+        """Name, split, number of records; a digest of which they are, of all texts' sizes, and of the first and the last text."""
+        ends = [str(self._value(row, self.layout.text)) for row in (0, len(self.kept) - 1)]
+        digest = hashlib.blake2b(self.kept.tobytes() + self.text_bytes.tobytes() + self.num_pictures.tobytes(), digest_size=8)
         digest.update("".join(ends).encode(errors="surrogatepass"))
-        return f"{Path(self.path).name}:{self.split}:{len(self.rows)}:{digest.hexdigest()}"
+        return f"{Path(self.path).name}:{self.split}:{len(self.kept)}:{digest.hexdigest()}"
+
+    def id(self, index: int) -> str:
+        """The id of the record at an index; its row where it has none."""
+        named = self._value(index, "id") if "id" in self.rows.column_names else None
+        return str(self.kept[index] if named is None else named)
 
     def _name(self) -> str:
         return f"{self.path}, split {self.split}" if self.split else self.path
 
     def _value(self, index: int, column: str) -> Any:
-        return self.rows[index].column(column)[0].as_py()
+        return self.rows[int(self.kept[index])].column(column)[0].as_py()
 
     def _parse(self, index: int) -> tuple[str, list[Turn], int]:
-        number = int(self.num_pictures[index])
-        named = self._value(index, "id") if "id" in self.rows.column_names else None
-        name = str(index if named is None else named)
+        name, number = self.id(index), int(self.num_pictures[index])
         try:
             return name, self.layout.turns(self._value(index, self.layout.text), number), number
         except BadSample as error:
@@ -147,6 +170,15 @@ class HuggingFaceDataset(Source):
         for row, value in enumerate(value for table in tables for value in table.column(column)):
             found = _beginnings(value)
             yield "\0".join(found) if found else f"row {row}"
+
+
+def _excluded(path: str) -> list[int]:
+    try:
+        return [json.loads(line)["row"] for line in Path(path).read_text().splitlines()]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RecipeError(
+            f"{path} (exclude) is no list of records: {error}. Write it with python main.py index --config RECIPE --against FOLDER."
+        ) from error
 
 
 def _load(path: str, split: str | None) -> Dataset:

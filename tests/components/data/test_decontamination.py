@@ -13,16 +13,24 @@ import pytest
 from PIL import Image
 
 from components.data import decontamination, overlaps
-from components.data.decontamination import Overlaps, find_overlaps, find_overlaps_of_annotations
+from components.data.decontamination import (
+    Overlaps,
+    find_overlaps,
+    find_overlaps_of_annotations,
+    find_overlaps_of_dataset,
+    overlaps_of,
+)
 from components.data.evaluation_pictures import read_evaluation_pictures
 from components.data.filters import DROPPED, TRAIN, Filters, Select
 from components.data.overlaps import PICTURE, hash_pictures
+from components.data.sources import HuggingFaceDataset, QuestionAnswers
 from components.errors import RecipeError
 from components.shards.names import names_in_index
 from components.shards.rows import ROW, Audit, ShardIndex, write_shard, write_summary
 from components.shards.sample import hash_key, split_name
 from components.shards.storage import Storage
 from components.shards.tar import Member, walk
+from tests.components.data.small_data import shapes
 from tests.natural_pictures import crop, texture
 
 FIELDS = [texture(np.random.default_rng(number), 256) for number in range(12)]
@@ -239,6 +247,50 @@ def test_copies_in_a_llava_file_are_found(tmp_path, evaluation):
     assert [record["id"] for record in records(found.without)] == ["b", "e", "f", "g"]
     assert f"annotations: {tmp_path / 'out' / 'kept.jsonl'}" in found.lines()[1]
     assert found.page.read_text().count("<img") == 8
+
+
+def test_copies_in_a_dataset_are_found_and_left_out(tmp_path, evaluation):
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    several = [[jpeg(8)], [jpeg(8), small(4)], [], [jpeg(10)], [jpeg(2), jpeg(0)[:300]]]
+    texts = [{"user": "What?", "assistant": f"This {number}."} for number in range(len(several))]
+    made = [
+        {"images": [{"bytes": data, "path": None} for data in images], "texts": [text]}
+        for images, text in zip(several, texts, strict=True)
+    ]
+    datasets.Dataset.from_list(made).save_to_disk(str(tmp_path / "saved"))
+    source = HuggingFaceDataset(str(tmp_path / "saved"))
+    found = find_overlaps_of_dataset(source, [evaluation], 8, tmp_path / "out", 1)
+    assert triples(found, evaluation) == [("1", "4.webp", "near"), ("4", "artwork/2.jpg", "exact")]
+    assert (found.exact, found.near, found.pictures, found.unreadable) == (1, 1, 6, 1)
+    assert f"exclude: {tmp_path / 'out' / 'exclude.jsonl'}" in found.lines()[1]
+    without = HuggingFaceDataset(str(tmp_path / "saved"), exclude=str(found.without), validation_fraction=0.5)
+    without.setup()
+    indices = [*without.train_indices(np.arange(without.num_samples)), *without.validation_indices]
+    samples = [without.sample(int(index), np.random.default_rng(0)) for index in indices]
+    assert sorted(sample.turns[1].text for sample in samples) == ["This 0.", "This 2.", "This 3."]
+    assert sorted(sample.id for sample in samples) == ["0", "2", "3"]
+    assert without.lengths(np.arange(3), 100).tolist() == [103, 3, 103]
+    source.setup()
+    assert without.fingerprint() != source.fingerprint()
+    assert find_overlaps_of_dataset(without, [evaluation], 8, tmp_path / "again", 1).exact == 1
+    found.without.write_text("nothing")
+    with pytest.raises(RecipeError, match=r"exclude\.jsonl \(exclude\) is no list of records"):
+        without.setup()
+
+
+def test_every_kind_of_source_says_what_it_shares(tmp_path, evaluation):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "0.jpg").write_bytes(small(0))
+    record = {"image": "0.jpg", "text": "What?", "answer": "This."}
+    (tmp_path / "questions.jsonl").write_text(json.dumps(record) + "\n")
+    questions = QuestionAnswers(str(tmp_path / "questions.jsonl"), str(tmp_path / "images"))
+    found = overlaps_of(questions, [evaluation], 8, tmp_path / "out", 1)
+    assert found[0].startswith("1 training samples show 1 of 7 evaluation pictures: 0 exact, 1 near.")
+    assert (tmp_path / "out" / "kept.jsonl").read_text() == ""
+    drawn = overlaps_of(shapes(), [evaluation], 8, tmp_path / "out", 1)
+    assert len(drawn) == 1
+    assert drawn[0].endswith("are not compared with those of evaluations")
 
 
 def test_nearly_uniform_pictures_overlap_only_with_their_like(tmp_path):
