@@ -44,7 +44,7 @@ def decode(data: bytes, decoding: Decoding = "upright", smallest: int | None = N
 
     Args:
         data: A JPEG, PNG, WebP, GIF or BMP file, at most 32 MiB, 50 megapixels and 16384 pixels a side, at most 20 times as long
-            as wide (a side below 16 pixels counts as 16).
+            as wide (a side below 16 pixels counts as 16). Whatever the bytes, decoding and `to_square` need less than 1 GiB.
         decoding: `llava` does what LLaVA-1.5 did: EXIF orientation is ignored and transparency dropped. `upright` applies the
             EXIF orientation, composites transparency over white and keeps the upper 8 of 16 bits.
         smallest: Where less is enough: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size as long as both sides keep this many
@@ -252,10 +252,17 @@ def _upright(image: Image.Image) -> Image.Image:
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):  # 16-bit gray; PIL would clip to 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return _rgb(image)
+    return _over_white(image) if image.has_transparency_data else _rgb(image)
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    """In bands, since whole copies of the largest picture would need half a gigabyte more."""
+    result = Image.new("RGB", image.size)
+    for top in range(0, image.height, _BAND):
+        band = image.crop((0, top, image.width, min(top + _BAND, image.height))).convert("RGBA")
+        white = Image.new("RGBA", band.size, "white")
+        result.paste(Image.alpha_composite(white, band).convert("RGB"), (0, top))
+    return result
 
 
 def _reason(error: Exception) -> str:
