@@ -75,8 +75,10 @@ class HuggingFaceDataset(Source):
         if not len(self.rows):  # as a filter may leave it; the library itself refuses an empty Parquet file
             raise RecipeError(f"{self._name()} holds no record. Name another folder or split.")
         self.layout = recognize(self.rows.column_names, self._name())
-        own = self.path if Path(self.path).is_dir() else str(Path(self.path).parent)
-        self.folder = Folder(self.images or own, self.path, self.follow_links)
+        here = Path(self.path)  # nothing of that name where it comes from the hub
+        own = here if here.is_dir() else here.parent if here.exists() else None
+        folder = self.images or own
+        self.folder = Folder(str(folder), self.path, self.follow_links) if folder else None
         self.kept = np.arange(len(self.rows))
         if self.exclude:
             self.kept = np.setdiff1d(self.kept, _excluded(self.exclude))
@@ -157,9 +159,9 @@ class HuggingFaceDataset(Source):
         path = picture.get("path") if isinstance(picture, dict) else picture
         if isinstance(data, bytes):
             return data
-        if isinstance(path, str):
+        if isinstance(path, str) and self.folder:
             return self.folder.read(path)
-        raise BadSample(f"A picture is neither bytes nor a path; it is {str(picture)[:80]}.")
+        raise BadSample(f"A picture is neither bytes nor a path below a folder (images); it is {str(picture)[:80]}.")
 
     def _of_rows(self, column: str, measure: Callable[[Array], Int64[np.ndarray, " rows"]]) -> Int64[np.ndarray, " rows"]:
         tables = self.rows.select_columns([column]).iter(_AT_ONCE)

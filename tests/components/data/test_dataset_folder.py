@@ -316,6 +316,21 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         opened("somebody/something")
 
 
+def test_a_dataset_of_the_hub_is_asked_for_by_its_name(monkeypatch):
+    found = datasets.DatasetDict(train=datasets.Dataset.from_list([{"image": picture(0), "caption": "A cup."}]))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: {"somebody/something": found}[name])
+    source = opened("somebody/something")
+    assert source.sample(0, RANDOM).images == [png(0)]
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../p0.png", "absent.png"])
+def test_paths_that_leave_the_folder_are_bad_samples(tmp_path, path):
+    (tmp_path / "p0.png").write_bytes(png(0))
+    source = saved(tmp_path / "saved", [{"image": path, "caption": "A cup."}], {"image": TEXT, "caption": TEXT})
+    with pytest.raises(BadSample, match="row 0, id 0: picture"):
+        source.sample(0, RANDOM)
+
+
 def test_an_empty_dataset_is_refused(tmp_path):
     some = datasets.Dataset.from_list([{"image": picture(0), "caption": "A cup."}])
     some.filter(lambda record: False).save_to_disk(str(tmp_path / "saved"))
