@@ -112,6 +112,8 @@ MISTAKES = {
         ["--shards", "shards/*.tar", "--report", "shards/00000.tar/page.html"],
         "page.html cannot be written",
     ),
+    "no evaluation": (["--shards", "shards/*.tar", "--distance", "3"], "--distance says nothing without --against"),
+    "no samples": (["--config", "small.yaml", "--page", "x.html"], "--page says nothing without --show"),
     "no number": (["--shards", "shards/*.tar", "--show", "0"], "at least 1"),
 }
 

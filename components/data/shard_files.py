@@ -6,6 +6,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,10 +15,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from components.errors import RecipeError
 from components.shards.rows import ShardIndex
 
 OPEN = 256
-"""Shards whose arrays a process keeps open: more than a window of any source."""
+"""Shards whose arrays a process keeps open: a few windows of them."""
 Work = Callable[[int], tuple[np.ndarray, dict[str, Any]]]
 """A shard's number in, the array of its samples and what is to be remembered of it out."""
 
@@ -46,11 +48,19 @@ class ShardFiles:
         return self.index.folder / f"{self.kind}-{self.hash}.{ending}"
 
     def array(self, shard: int, derive: Callable[[np.ndarray], np.ndarray] | None = None) -> np.ndarray:
-        """The array of a shard, or what is derived from it; memory-mapped, and as many kept as a window needs."""
+        """The array of a shard, memory-mapped, or what is derived from it; those used last are kept.
+
+        Raises:
+            RecipeError: It is missing or damaged.
+        """
         if (known := self._open.get(shard)) is not None:
             self._open.move_to_end(shard)
             return known
-        array = np.load(self.path(shard, "npy"), mmap_mode="r")
+        path = self.path(shard, "npy")
+        try:
+            array = np.load(path, mmap_mode="r")
+        except (OSError, ValueError, EOFError) as error:
+            raise RecipeError(f"{path} is missing or damaged ({error}). Run python main.py index again.") from error
         known = self._open[shard] = array if derive is None else derive(array)
         if len(self._open) > OPEN:
             self._open.popitem(last=False)
@@ -86,19 +96,29 @@ class ShardFiles:
             known: dict[str, Any] = json.loads(self.path(shard, "json").read_text())
         except (OSError, ValueError):
             return None
-        return known if known["digest"] == self.index.digests[shard] else None
+        return known if known["digest"] == self.index.digests[shard] and self.path(shard, "npy").is_file() else None
 
 
 def in_parallel(work: Callable[[int], Any], numbers: Iterable[int], processes: int, label: str, unit: str = "shard") -> list[Any]:
-    """What `work` gives for each number, in their order, with a progress bar; in this process where one is enough."""
+    """What `work` gives for each number, in their order, with a progress bar; in this process where one is enough.
+
+    Raises:
+        RecipeError: A process died.
+    """
     numbers = list(numbers)
     processes = min(processes, len(numbers))
     bar = partial(tqdm, total=len(numbers), desc=label, unit=unit, leave=False, disable=not numbers)
     if processes <= 1:
         return list(bar(map(work, numbers)))
     context = multiprocessing.get_context("fork")  # what is open here need not be opened again
-    with ProcessPoolExecutor(processes, context, _hold, (work,)) as pool:
-        return list(bar(pool.map(_call, numbers, chunksize=1)))
+    try:
+        with ProcessPoolExecutor(processes, context, _hold, (work,)) as pool:
+            return list(bar(pool.map(_call, numbers)))
+    except BrokenProcessPool as error:
+        raise RecipeError(
+            f"{label}: a process ended before its work was done; it may have run out of memory. Start again with fewer --processes: "
+            "what is done is kept."
+        ) from error
 
 
 def save(path: Path, content: np.ndarray | dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Filters: what they leave is what img2dataset's own metadata say, sample by sample."""
 
 import json
+import os
 from collections import Counter
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from some_shards import write_shards
 
 from components.data.filters import DROPPED, TRAIN, VALIDATION, Filters, open_selection, select
+from components.data.shard_files import in_parallel
 from components.data.sources.base import uniform
 from components.errors import RecipeError
 from components.shards.audit import audit
@@ -130,8 +132,10 @@ def test_work_that_was_interrupted_goes_on(shards, monkeypatch):
     whole, selection = uses_of(index, filters)
     done = selection.files.path(0, "npy")
     before = done.stat().st_mtime_ns
-    for file in (selection.files.path(1, "npy"), selection.files.path(1, "json"), selection.files.path(2, "json")):
+    for file in (selection.files.path(1, "npy"), selection.files.path(2, "json")):
         file.unlink()
+    with pytest.raises(RecipeError, match=r"00001\.select-.* is missing or damaged .*python main\.py index"):
+        selection.rows_to_train_on(1)
     selection.files.of_all("json").unlink()
     assert open_selection(index, filters, 0.0) is None
     again, _ = uses_of(index, filters, processes=2)
@@ -146,6 +150,12 @@ def test_a_shard_that_was_replaced_is_decided_again(tmp_path):
     index = indexed(tmp_path)
     assert open_selection(index, Filters(min_characters=20), 0.0) is None
     assert kept(index, Filters(min_characters=20)) == [[len(pair.caption) >= 20 for pair in shard] for shard in made]
+
+
+def test_a_process_that_dies_is_told():
+    with pytest.raises(RecipeError, match="hashes: a process ended .*fewer --processes"):
+        in_parallel(lambda number: os._exit(9) if number else number, range(4), 2, "hashes")
+    assert in_parallel(lambda number: number**2, range(5), 2, "squares") == [0, 1, 4, 9, 16]
 
 
 def test_mistakes_are_told(shards, tmp_path):

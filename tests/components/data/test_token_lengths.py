@@ -8,7 +8,7 @@ from small_data import LAYOUT, SHAPES, TOKENIZER, opened
 from some_shards import write_shards
 
 from components.batch import SampleFormat
-from components.data import LlavaConversations, Preparation, ShapesWorld, TarShards
+from components.data import HuggingFaceDataset, LlavaConversations, Preparation, ShapesWorld, TarShards
 from components.data.token_lengths import UNUSABLE, Measure, measure, open_lengths
 from components.errors import BadSample
 from components.shards.audit import audit
@@ -143,3 +143,15 @@ def test_training_deals_by_measured_lengths(shards, tmp_path):
     source = data.sources["pairs"]
     numbers = np.arange(source.num_samples)
     assert source.lengths(numbers, LAYOUT.tokens_per_image).tolist() == expected(source, PLAIN, len(numbers))
+
+
+def test_lengths_of_a_dataset_folder(tmp_path):
+    from datasets import Dataset
+
+    records = [{"conversations": said("how are you", "a " * number)} for number in (3, 1, 9)]
+    Dataset.from_list(records).save_to_disk(tmp_path / "dataset")
+    source = HuggingFaceDataset(str(tmp_path / "dataset"))
+    source.setup()
+    work = Measure(source, BRIEF, TOKENIZER, LAYOUT)
+    measure(work, 1, "dataset")
+    assert open_lengths(work)(np.arange(3)).tolist() == expected(source, BRIEF, 3)
