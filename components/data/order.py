@@ -191,7 +191,7 @@ class Mixture:
         for number, source in enumerate(self._sources):
             if not source.size and self._quotas[:, number].any():
                 raise RecipeError(f"data.sources: source {number + 1} has no sample to train on. Add some, or set its weight to 0.")
-        self._blocks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._blocks: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
         self._before = np.zeros_like(self._quotas)  # draws of each source before each segment
         for segment in range(1, len(self.segments)):
             self._before[segment] = self._drawn(segment - 1, int(self._firsts[segment]))
@@ -235,15 +235,16 @@ class Mixture:
 
     def _block(self, segment: int, first: int) -> tuple[np.ndarray, np.ndarray]:
         """Sources in the block that begins at a slot, and how many times each occurred before within it."""
-        if first not in self._blocks:
+        block = (segment, first)  # a slot may begin a block of two segments: where one breaks off, and where the next begins
+        if block not in self._blocks:
             quotas = self._quotas[segment]
             pattern = np.repeat(np.arange(len(quotas)), quotas)[shuffled(key_of(self.seed, _PATTERN, first), BLOCK)]
             ranks = np.empty_like(pattern)
             ranks[np.argsort(pattern, kind="stable")] = np.arange(BLOCK) - np.repeat(np.cumsum(quotas) - quotas, quotas)
             while len(self._blocks) >= 16:  # as many as a step touches, and few
                 del self._blocks[next(iter(self._blocks))]
-            self._blocks[first] = (pattern, ranks)
-        return self._blocks[first]
+            self._blocks[block] = (pattern, ranks)
+        return self._blocks[block]
 
 
 def deal(lengths: list[int], ranks: int, micro_batches: int) -> list[list[list[int]]]:

@@ -101,7 +101,8 @@ def some_mixture(random: np.random.Generator, largest: int = 40) -> Mixture:
         sizes = random.integers(0, largest, random.integers(1, 12)) * (random.random() < 0.8)
         sizes[random.integers(len(sizes))] += random.integers(1, 150)
         shards.append(Shards(sizes, window=int(random.integers(1, 6))))
-    firsts = np.cumsum([0, *random.integers(1, 2_500, random.integers(0, 3))])
+    lengths = random.integers(1, 2_500, random.integers(0, 3))
+    firsts = np.cumsum([0, *(lengths if random.random() < 0.5 else -(-lengths // BLOCK) * BLOCK)])  # some end with a block
     segments = []
     for first in firsts.tolist():
         weights = random.integers(0, 20, sources)
@@ -115,6 +116,8 @@ def test_every_epoch_of_every_source_exactly_once_over_any_segments(random: np.r
     """Draws of a source, in the order of slots, walk its epochs one after another; a cut anywhere is a prefix of that walk."""
     mixed = some_mixture(random)
     draws = mixed.draws(np.arange(int(random.integers(3_000, 6_000))))
+    for slot in (0, 1, *(segment.first_slot for segment in mixed.segments), BLOCK, 2_345, len(draws.source)):
+        assert (mixed.drawn(slot) == np.bincount(draws.source[:slot], minlength=len(mixed.shards))).all()
     for source, shards in enumerate(mixed.shards):
         size = shards.sizes.sum()
         mine = draws.source == source
