@@ -1,7 +1,8 @@
 """Comparing training pictures with those of evaluations: what hashes suggest, and the pictures themselves confirm.
 
-Which copies of photographs are found, as shares of 200 of them (`python -m tests.benchmarks decontamination FOLDER`). 8 bits are
-the default: among 2 x 10^8 pairs of unrelated pictures no hash is as near, and with 10 bits a look-up takes four times as long.
+Which copies are found, as shares of the 200 photographic pictures of PAIRS (github.com/katiefraser/PAIRS; `python -m
+tests.benchmarks decontamination FOLDER`). 8 bits are the default: among 2 x 10^8 pairs of unrelated pictures no hash is as near, and
+with 10 bits a look-up takes three times as long.
 
 | copy | 2 bits | 4 bits | 6 bits | 8 bits | 10 bits |
 |---|---|---|---|---|---|
