@@ -116,7 +116,7 @@ def in_parallel(work: Callable[[int], Any], numbers: Iterable[int], processes: i
             return list(bar(pool.map(_call, numbers)))
     except BrokenProcessPool as error:
         raise RecipeError(
-            f"{label}: a process ended before its work was done; it may have run out of memory. Start again with fewer --processes: "
+            f"{label}: a process ended before its work was done; perhaps for want of memory. Start again with fewer --processes: "
             "what is done is kept."
         ) from error
 
