@@ -69,7 +69,7 @@ def test_all_orders_of_few_are_as_likely(size: int) -> None:
     assert abs(deviations(counts)) < 4.5
 
 
-@pytest.mark.parametrize("numbers", [40_000, pytest.param(3_000_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("numbers", [40_000, pytest.param(500_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("size", [*range(2, 21), 64, 65, 66, 100, 257, 1_000])
 def test_every_place_goes_anywhere_as_often(size: int, numbers: int) -> None:
     rows = all_of(some_keys(max(numbers // size, 1_000), of=3), size)
