@@ -4,10 +4,10 @@ import hashlib
 import io
 import json
 import tarfile
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 from PIL import Image
@@ -20,7 +20,6 @@ from components.data.decontamination import (
     find_overlaps_of_dataset,
     overlaps_of,
 )
-from components.data.evaluation_pictures import read_evaluation_pictures
 from components.data.filters import DROPPED, TRAIN, Filters, Select
 from components.data.overlaps import PICTURE, hash_pictures
 from components.data.sources import HuggingFaceDataset, QuestionAnswers
@@ -30,50 +29,15 @@ from components.shards.rows import ROW, Audit, ShardIndex, write_shard, write_su
 from components.shards.sample import hash_key, split_name
 from components.shards.storage import Storage
 from components.shards.tar import Member, walk
+from tests.components.data.copies import encoded, jpeg, photograph, small, write_evaluation
 from tests.components.data.small_data import shapes
-from tests.natural_pictures import crop, texture
 
-FIELDS = [texture(np.random.default_rng(number), 256) for number in range(12)]
 STORAGE = Storage(waits=())
-
-
-def photograph(number: int) -> Image.Image:
-    return crop(FIELDS[number], 200, 150 + 5 * number, np.random.default_rng(number))
-
-
-def encoded(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def jpeg(number: int, quality: int = 90) -> bytes:
-    return encoded(photograph(number), quality=quality)
-
-
-def small(number: int) -> bytes:
-    """A smaller, compressed copy in gray."""
-    image = photograph(number).convert("L")
-    return encoded(image.resize((image.width // 2, image.height // 2), Image.Resampling.BICUBIC), quality=60)
 
 
 @pytest.fixture
 def evaluation(tmp_path) -> Path:
-    """Pictures 0 to 4 in folders and 5 to 6 in an archive, and two broken ones."""
-    folder = tmp_path / "evaluation"
-    (folder / "artwork").mkdir(parents=True)
-    for number in range(3):
-        (folder / "artwork" / f"{number}.jpg").write_bytes(jpeg(number))
-    (folder / "3.PNG").write_bytes(encoded(photograph(3), "PNG"))
-    (folder / "4.webp").write_bytes(encoded(photograph(4), "WEBP"))
-    (folder / "questions.json").write_text("[]")
-    (folder / "broken.jpg").write_bytes(jpeg(9)[:500])
-    with zipfile.ZipFile(folder / "val.zip", "w") as archive:
-        archive.writestr("val/5.jpg", jpeg(5))
-        archive.writestr("val/6.jpg", jpeg(6))
-        archive.writestr("__MACOSX/val/._5.jpg", b"not a picture")
-        archive.writestr("val/empty.jpg", b"")
-    return folder
+    return write_evaluation(tmp_path / "evaluation")
 
 
 def write_tar(path: Path, pictures: dict[str, bytes]) -> None:
@@ -250,7 +214,6 @@ def test_copies_in_a_llava_file_are_found(tmp_path, evaluation):
 
 
 def test_copies_in_a_dataset_are_found_and_left_out(tmp_path, evaluation):
-    datasets = pytest.importorskip("datasets")
     datasets.disable_progress_bars()
     several = [[jpeg(8)], [jpeg(8), small(4)], [], [jpeg(10)], [jpeg(2), jpeg(0)[:300]]]
     texts = [{"user": "What?", "assistant": f"This {number}."} for number in range(len(several))]
@@ -313,60 +276,3 @@ def test_overlaps_of_one_picture_are_cut_off(tmp_path, monkeypatch):
     found = find_overlaps(indexed(tmp_path, [{"0": jpeg(0, 80)}]), STORAGE, [folder], 8, tmp_path / "out", 1)
     assert len(triples(found, folder)) == 3
     assert ("0", "80.jpg", "exact") in triples(found, folder)
-
-
-def test_evaluation_pictures_are_read_once(tmp_path, evaluation, monkeypatch):
-    first = read_evaluation_pictures([evaluation], 2)
-    monkeypatch.setattr("components.data.evaluation_pictures.picture_gray", None)
-    again = read_evaluation_pictures([evaluation], 1)
-    assert again.fingerprint == first.fingerprint
-    assert again.broken == first.broken
-    np.testing.assert_array_equal(again.grays, first.grays)
-    (evaluation / "3.PNG").write_bytes(encoded(photograph(8), "PNG"))
-    with pytest.raises(TypeError):  # it is not what was kept
-        read_evaluation_pictures([evaluation], 1)
-
-
-def test_what_is_kept_may_be_damaged(evaluation):
-    first = read_evaluation_pictures([evaluation], 1)
-    from components.data import evaluation_pictures
-
-    kept = evaluation_pictures._cache_file(evaluation_pictures._files(evaluation))
-    kept.write_bytes(kept.read_bytes()[:-100])
-    assert read_evaluation_pictures([evaluation], 1).fingerprint == first.fingerprint
-
-
-def test_an_archive_alone_and_links_to_folders(tmp_path, evaluation):
-    assert len(read_evaluation_pictures([evaluation / "val.zip"], 1).files) == 2
-    linked = tmp_path / "linked"
-    linked.mkdir()
-    (linked / "there").symlink_to(evaluation / "artwork")
-    (linked / "there" / "back").symlink_to(linked)  # a circle ends
-    assert len(read_evaluation_pictures([linked], 1).files) == 3
-
-
-def test_folders_without_pictures_are_refused(tmp_path, evaluation):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "readme.txt").write_text("nothing")
-    with pytest.raises(RecipeError, match=r"There is no folder .*absent of evaluation pictures"):
-        read_evaluation_pictures([evaluation, tmp_path / "absent"], 1)
-    with pytest.raises(RecipeError, match=r"empty \(--against\) holds no picture"):
-        read_evaluation_pictures([tmp_path / "empty"], 1)
-    (tmp_path / "empty" / "one.jpg").write_bytes(b"noise")
-    with pytest.raises(RecipeError, match="None of the 1 evaluation pictures can be used"):
-        read_evaluation_pictures([tmp_path / "empty"], 1)
-    (tmp_path / "empty" / "bad.zip").write_bytes(b"PK\3\4 noise")
-    with pytest.raises(RecipeError, match=r"archive .*bad\.zip of evaluation pictures .* cannot be read"):
-        read_evaluation_pictures([tmp_path / "empty"], 1)
-
-
-def test_hostile_evaluation_pictures_are_broken_ones(tmp_path, evaluation):
-    with zipfile.ZipFile(evaluation / "hostile.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("huge.jpg", bytes(33 * 2**20))
-        archive.writestr("damaged.jpg", jpeg(0))
-    data = bytearray((evaluation / "hostile.zip").read_bytes())
-    at = data.index(b"damaged.jpg") + 200
-    data[at : at + 50] = bytes(50)
-    (evaluation / "hostile.zip").write_bytes(data)
-    broken = read_evaluation_pictures([evaluation / "hostile.zip", evaluation / "artwork"], 1).broken
-    assert ["huge.jpg: it has 34603008 bytes" in broken[1], "damaged.jpg: it cannot be read" in broken[0]] == [True, True]
