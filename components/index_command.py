@@ -61,10 +61,11 @@ def _index_shards(options: Namespace, rest: list[str]) -> int:
         raise RecipeError(f"{wrong} goes with --config RECIPE, not with --shards.")
     shards = expand_all(options.shards)
     folder = options.index or _beside(shards)
-    reports = [_audited(folder, shards, folder.name, options)]
+    name = " ".join(options.shards)
+    report = _audited(folder, shards, name, options)
     if options.against:
-        reports[0].notes += _shared_pictures(ShardIndex.open(folder, shards), folder, options)
-    _tell(folder.name, reports, options.report or folder / PAGE)
+        report.notes += _shared_pictures(ShardIndex.open(folder, shards), folder, options)
+    _tell(name, [report], options.report or folder / PAGE)
     return 0
 
 
@@ -72,6 +73,8 @@ def _index_recipe(options: Namespace, rest: list[str], files: list[str]) -> int:
     cli = PlanCLI(["fit", *rest])
     recipe = cli.recipe
     run = recipe.run or run_name(files)
+    if options.show and (recipe.max_steps or 0) < 1:
+        raise RecipeError("max_steps is not set. Every recipe states how many optimizer steps it trains.")
     with torch.device("meta"):
         recipe.model.build()
         recipe.model.adapt()
@@ -87,8 +90,6 @@ def _index_recipe(options: Namespace, rest: list[str], files: list[str]) -> int:
             raise RecipeError(f"data.sources.{name}: {error}") from error
     _tell(run, reports, options.report or RUNS / run / PAGE)
     if options.show:
-        if (recipe.max_steps or 0) < 1:
-            raise RecipeError("max_steps is not set. Every recipe states how many optimizer steps it trains.")
         first = FirstSamples(data, layout, recipe.max_steps)
         first.prepare(options.show)
         file = options.page or RUNS / run / SAMPLES
@@ -155,7 +156,7 @@ def _audited(folder: Path, shards: list[str], name: str, options: Namespace) -> 
 
 def _tell(title: str, reports: list[SourceReport], file: Path) -> None:
     print(in_text(reports))
-    write(file, in_html(title, reports))
+    write(file, in_html(title, reports), "--report")
     print(f"The same with pictures: {file}")
 
 

@@ -110,7 +110,7 @@ MISTAKES = {
     "far shards": (["--shards", "s3://bucket/{0..3}.tar"], "--index FOLDER"),
     "a page that cannot be": (
         ["--shards", "shards/*.tar", "--report", "shards/00000.tar/page.html"],
-        "page.html cannot be written",
+        "--report: shards/00000.tar/page.html cannot be written",
     ),
     "no evaluation": (["--shards", "shards/*.tar", "--distance", "3"], "--distance says nothing without --against"),
     "no samples": (["--config", "small.yaml", "--page", "x.html"], "--page says nothing without --show"),
@@ -145,6 +145,7 @@ def test_pictures_that_evaluations_ask_about(folder, capsys):
     assert "2 of 2" in text and Path("shards/index/overlaps.html").is_file()
 
 
+@pytest.mark.slow
 def test_shards_behind_urls_are_as_those_on_this_machine(folder, capsys):
     options = {"filters": {"min_characters": 12, "scores": {"similarity": [0.22, None]}}, "validation_fraction": 0.1}
     assert index("--config", str(recipe(folder, **options))) == 0

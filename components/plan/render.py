@@ -85,8 +85,8 @@ def _sample(example: Example, place: int) -> list[str]:
     ]
 
 
-def write(path: Path, text: str) -> None:
-    """Write a page.
+def write(path: Path, text: str, option: str = "--page") -> None:
+    """Write a page, which an option of the command names.
 
     Raises:
         RecipeError: It cannot be written there.
@@ -95,7 +95,7 @@ def write(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise RecipeError(f"--page: {path} cannot be written ({error.strerror}). Name another file.") from error
+        raise RecipeError(f"{option}: {path} cannot be written ({error.strerror}). Name another file.") from error
 
 
 def token_texts(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
