@@ -39,9 +39,10 @@ def encode(
         RecipeError: The template is unknown or does not suit the tokenizer.
     """
     ids, labels = _encode(turns, num_images, tokenizer, template, [image_token_id] * tokens_per_image)
-    if all(label == IGNORE_INDEX for label in labels):
+    targets = np.array(labels, dtype=np.int64)
+    if (targets == IGNORE_INDEX).all():
         raise BadSample("There is nothing to learn: no turn of the assistant has any text. Remove the sample.")
-    return np.array(ids, dtype=np.int64), np.array(labels, dtype=np.int64)
+    return np.array(ids, dtype=np.int64), targets
 
 
 def encode_prompt(
