@@ -50,6 +50,7 @@ def main(arguments: list[str]) -> None:
                 private = [private_megabytes(worker.pid) for worker in batches._workers]
                 seconds = time.perf_counter() - start
                 rows.append((f"{marks[number]} %", *private, private_megabytes("self"), f"{number * SAMPLES / seconds:.0f}"))
+                print(*rows[-1], flush=True)  # an epoch takes minutes
         title = f"{count:,} conversations, {megabytes:.0f} MB of JSON, opened in {opening:.1f} s; main {main_before:.0f} MB before"
         columns = ("of the epoch", *(f"worker {n}, MB" for n in range(WORKERS)), "main, MB", "samples/s")
         print(table(f"Private memory (USS), {WORKERS} workers, at most {BOUND} MB wanted. {title}", columns, rows))
