@@ -1,6 +1,7 @@
 """Batch: the one contract between data and model. Documents lie end to end in one row; there is no padding."""
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -96,6 +97,14 @@ class Batch:
     def pin_memory(self) -> "Batch":
         """The batch in page-locked memory, called by the DataLoader."""
         return self._map(Tensor.pin_memory)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All tensors but the pixels by value: each one in shared memory costs a connection between worker and main process."""
+        state = dict(self.__dict__)
+        return {k: v.numpy() if isinstance(v, Tensor) and k != "pixels" and v.device.type == "cpu" else v for k, v in state.items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in state.items()})
 
     def _map(self, function) -> "Batch":  # noqa: ANN001
         values = {field.name: getattr(self, field.name) for field in fields(self)}
