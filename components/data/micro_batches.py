@@ -1,5 +1,6 @@
 """Micro-batches by number: a map-style dataset whose items are packed batches, made whole inside the loader's workers."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -11,11 +12,11 @@ from components.batch import Batch, SampleFormat, pack
 from components.data.order import Mixture, deal
 from components.data.preparation import Preparation, null_document
 from components.data.sources import Source
-from components.errors import BadSample
+from components.errors import BadSample, RecipeError
 
 
 @dataclass
-class MicroBatches(Dataset):
+class MicroBatches(Dataset, ABC):
     """Numbers of micro-batches in, packed batches out; each is a pure function of its number and of the fields.
 
     Args:
@@ -35,6 +36,21 @@ class MicroBatches(Dataset):
     rank: int
     ranks: int
     micro_batches: int
+
+    def __getitem__(self, number: int) -> Batch | RecipeError:
+        """The batch of this rank by its number, or the error that ends the run."""
+        try:
+            return self.make(number)
+        except RecipeError as error:  # handed over, not raised: an exception in a worker loses its words in a traceback
+            return error
+
+    @abstractmethod
+    def make(self, number: int) -> Batch:
+        """The batch of this rank by its number.
+
+        Raises:
+            RecipeError: Data cannot be read, through no fault of one sample.
+        """
 
     def batch(self, draws: list[tuple[str, int, np.random.Generator]]) -> Batch:
         """The packed batch of the given samples (name of the source, index, randomness); unusable ones become null documents."""
@@ -67,7 +83,7 @@ class TrainBatches(MicroBatches):
     global_batch_size: int
     _dealt: tuple[int, list[tuple[str, int]], list[list[list[int]]]] | None = field(default=None, init=False, repr=False)
 
-    def __getitem__(self, number: int) -> Batch:
+    def make(self, number: int) -> Batch:
         """The batch of this rank in micro-batch `number` of the run."""
         step, micro_batch = divmod(number, self.micro_batches)
         samples, hands = self.deal_step(step)
@@ -116,7 +132,7 @@ class ValidationBatches(MicroBatches):
         samples = len(self._source.validation_indices)
         return -(-samples // (self.batch_size * self.ranks))
 
-    def __getitem__(self, number: int) -> Batch:
+    def make(self, number: int) -> Batch:
         """The batch of this rank; past the end of the samples it is one null document, so that ranks stay in step."""
         source = self._source
         first = (number * self.ranks + self.rank) * self.batch_size

@@ -168,8 +168,10 @@ class InstructionData(LightningDataModule):
         batch = pack([null_document(self.layout, self.tokenizer, "no sample")], self.layout.image_token_id)
         return DataLoader([batch], batch_size=None, num_workers=0)  # type: ignore[arg-type]
 
-    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+    def on_before_batch_transfer(self, batch: Batch | RecipeError, dataloader_idx: int) -> Batch:
         """Write down the samples that could not be used, stop when they are too many."""
+        if isinstance(batch, RecipeError):
+            raise batch
         for name, reason in batch.bad_samples:
             if (name, reason) in self.bad_samples:  # known from an earlier epoch or validation
                 continue

@@ -1,15 +1,14 @@
 """Ranges of bytes of files, on this machine or behind a url, with retries.
 
-Source: fsspec's file systems (filesystem-spec.readthedocs.io); exponential back-off with jitter as AWS advises its clients.
+Source: fsspec's file systems (filesystem-spec.readthedocs.io).
 """
 
 import os
-import random
-import time
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
+from components.attempts import WAITS, attempts
 from components.errors import RecipeError
 from components.shards.names import is_remote
 
@@ -41,10 +40,10 @@ class Storage:
 
     Args:
         max_open: Files of this machine that are open at once, at least 1.
-        waits: Seconds before each new attempt, which are varied by half so that ranks do not come back all at once.
+        waits: Seconds before each new attempt.
     """
 
-    def __init__(self, max_open: int = 64, waits: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0)) -> None:
+    def __init__(self, max_open: int = 64, waits: tuple[float, ...] = WAITS) -> None:
         self.max_open = max_open
         self.waits = waits
         self._open: OrderedDict[str, int] = OrderedDict()
@@ -102,7 +101,7 @@ class Storage:
         return self._open[path]
 
     def _try(self, url: str, what: str, attempt: Callable[[], Result]) -> Result:
-        for wait in (*self.waits, None):
+        for last in attempts(self.waits):
             try:
                 return attempt()
             except RecipeError:
@@ -112,9 +111,8 @@ class Storage:
                     error = error.__cause__  # fsspec calls whatever fails when it asks a web server for a size "not found"
                 if url in self._open:
                     os.close(self._open.pop(url))  # a stale handle of a network file system stays stale
-                if wait is None or not _may_pass(error):
-                    raise RecipeError(_message(url, what, error, len(self.waits) if wait is None else 0)) from error
-                time.sleep(wait * random.SystemRandom().uniform(0.5, 1.5))  # the run's own random numbers are not touched
+                if last or not _may_pass(error):
+                    raise RecipeError(_message(url, what, error, len(self.waits) if last else 0)) from error
         raise AssertionError("the last attempt returns or raises")
 
     def __getstate__(self) -> dict[str, Any]:

@@ -7,8 +7,11 @@ import stat
 from functools import lru_cache
 from pathlib import Path
 
+from components.attempts import WAITS, attempts
 from components.errors import BadSample, RecipeError
 from components.images import MAX_BYTES
+
+_PASSING = {errno.EIO, errno.EAGAIN, errno.ECONNRESET, errno.ENETDOWN, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO}
 
 
 class Folder:
@@ -36,14 +39,29 @@ class Folder:
         self._root = os.path.realpath(path)
 
     def read(self, name: str) -> bytes:
-        """The bytes of a picture.
+        """The bytes of a picture. What may pass, as on a network's file system, is tried again.
 
         Raises:
             BadSample: It cannot be read, is no file, has more than 32 MiB, or lies outside of the folder.
+            RecipeError: Every attempt failed: it is not the sample's fault.
         """
+        for last in attempts(WAITS):
+            try:
+                return self._read(name)
+            except OSError as error:
+                if error.errno not in _PASSING or last:
+                    raise RecipeError(
+                        f"picture {self._shown(name)} could not be read in {len(WAITS) + 1} attempts ({error.strerror}). "
+                        "Check disk and network, then start again."
+                    ) from error
+        raise AssertionError("the last attempt returns or raises")
+
+    def _read(self, name: str) -> bytes:
         try:
             file = self._open(name)
         except (OSError, ValueError) as error:  # a NUL or half a surrogate pair in the name is a ValueError
+            if isinstance(error, OSError) and error.errno in _PASSING:
+                raise
             reason = error.strerror if isinstance(error, OSError) else error
             raise BadSample(f"picture {self._shown(name)} cannot be read ({reason}). Restore it or remove the sample.") from error
         with file:

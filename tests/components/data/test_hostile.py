@@ -1,5 +1,6 @@
 """Hostile files and records through the loader's own worker: trained or quarantined by name, and the worker lives on, small."""
 
+import errno
 import json
 import os
 import re
@@ -189,3 +190,26 @@ def test_a_neighbor_with_the_same_beginning_is_outside(folder: Path, tmp_path: P
     (folder / "neighbor").symlink_to(neighbor)
     with pytest.raises(BadSample, match="by a link out"):
         Folder(str(folder), "a.json", follow_links=False).read("neighbor/a.jpg")
+
+
+def test_a_network_that_stumbles_is_waited_for(tmp_path: Path, monkeypatch) -> None:
+    """A handle gone stale twice costs two pauses; one that stays stale ends the run, and is nobody's bad sample."""
+    (tmp_path / "a.jpg").write_bytes(b"picture")
+    folder = Folder(str(tmp_path), "a.json", follow_links=False)
+    pauses: list[float] = []
+    monkeypatch.setattr("time.sleep", pauses.append)
+    failures = iter([errno.ESTALE, errno.EIO])
+    real_open = os.open
+
+    def stumbling(path, *arguments, **options):
+        if str(path).endswith("a.jpg") and (number := next(failures, None)):
+            raise OSError(number, os.strerror(number))
+        return real_open(path, *arguments, **options)
+
+    monkeypatch.setattr("os.open", stumbling)
+    assert folder.read("a.jpg") == b"picture"
+    assert len(pauses) == 2 and 0.25 <= pauses[0] <= 0.75
+    failures = iter([errno.ESTALE] * 20)
+    with pytest.raises(RecipeError, match=r"a\.jpg could not be read in 6 attempts \(Stale file handle\)") as caught:
+        folder.read("a.jpg")
+    assert not isinstance(caught.value, BadSample)

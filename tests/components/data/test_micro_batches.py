@@ -217,3 +217,18 @@ def test_a_batch_of_nothing_but_bad_samples_is_a_batch(write, pictures: str, tmp
     assert batch.num_tokens == 1
     assert len(batch.targets) == len(batch.pixels) == len(batch.image_positions) == 0
     assert batch.pixels.shape == (0, 3, 16, 16)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_is_no_fault_of_a_sample_ends_the_run_in_its_own_words(workers: int, write, pictures: str, tmp_path: Path) -> None:
+    """A disk that fails for good, inside a worker: no traceback, and nothing in the quarantine."""
+    sources = broken("fine", write, pictures)
+    data = opened(sources, tmp_path, num_workers=workers, global_batch_size=10, max_bad_fraction=0.5)
+
+    def fail(name: str) -> bytes:
+        raise RecipeError(f"picture {name} could not be read in 6 attempts")
+
+    sources["own"].folder.read = fail
+    with pytest.raises(RecipeError, match=r"^picture p\d\.png could not be read in 6 attempts$"):
+        transferred(data)
+    assert not (tmp_path / "quarantine.jsonl").exists()
