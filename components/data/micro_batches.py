@@ -55,13 +55,13 @@ class MicroBatches(Dataset, ABC):
     def batch(self, draws: list[tuple[str, int, np.random.Generator]]) -> Batch:
         """The packed batch of the given samples (name of the source, index, randomness); unusable ones become null documents."""
         documents, bad = [], []
+        preparations = {name: self.preparation.overridden(source.overrides) for name, source in self.sources.items()}
         for name, index, random in draws:
             source = self.sources[name]
             try:
                 sample = source.sample(index, random)
                 try:
-                    preparation = self.preparation.overridden(source.overrides)
-                    documents.append(preparation.document(sample, self.tokenizer, self.layout))
+                    documents.append(preparations[name].document(sample, self.tokenizer, self.layout))
                 except BadSample as error:
                     raise BadSample(f"{source.where(index)}, id {sample.id}: {error}") from error
             except BadSample as error:

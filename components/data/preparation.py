@@ -106,10 +106,12 @@ class Preparation:
 
     def pixels(self, images: list[bytes], layout: SampleFormat) -> np.ndarray:
         """Decoded square pictures, uint8 [images, 3, size, size]."""
-        pixels = np.empty((len(images), 3, layout.image_size, layout.image_size), dtype=np.uint8)
-        for number, image in enumerate(images):
-            pixels[number] = square(image, layout.image_size, self.image_mode, layout.image_mean, self.decoding, self.fast_images)
-        return pixels
+        squares = [
+            square(image, layout.image_size, self.image_mode, layout.image_mean, self.decoding, self.fast_images) for image in images
+        ]
+        if len(squares) == 1:  # nearly always: without a copy
+            return squares[0][None]
+        return np.stack(squares) if squares else np.empty((0, 3, layout.image_size, layout.image_size), dtype=np.uint8)
 
 
 def null_document(layout: SampleFormat, tokenizer: PreTrainedTokenizerBase, sample_id: str) -> Document:
