@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import tempfile
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +11,7 @@ from zipfile import BadZipFile
 import numpy as np
 from jaxtyping import Int64
 
+from components.atomic import save
 from components.errors import RecipeError
 from components.shards.names import names_in_index
 from components.shards.storage import Storage
@@ -160,9 +159,9 @@ class ShardIndex:
 
 def write_shard(folder: Path, audit: Audit, rows: np.ndarray) -> None:
     """Write the files of one shard: rows first, so that a shard whose audit is there is whole."""
-    _write(_file(folder, audit.name, "rows.npy"), lambda file: np.save(file, rows))
+    save(_file(folder, audit.name, "rows.npy"), lambda file: np.save(file, rows))
     content = json.dumps({"layout": _LAYOUT, **asdict(audit)}, indent=1)
-    _write(_file(folder, audit.name, "audit.json"), lambda file: file.write(content.encode()))
+    save(_file(folder, audit.name, "audit.json"), lambda file: file.write(content.encode()))
 
 
 def read_audit(folder: Path, name: str) -> Audit | None:
@@ -187,7 +186,7 @@ def write_summary(folder: Path, audits: list[Audit]) -> None:
         "bytes": np.array([audit.size for audit in audits], np.int64),
         "samples": np.array([audit.samples for audit in audits], np.int64),
     }
-    _write(folder / SUMMARY, lambda file: np.savez(file, **arrays))
+    save(folder / SUMMARY, lambda file: np.savez(file, **arrays))
 
 
 def _joined(names: list[str]) -> bytes:
@@ -215,23 +214,3 @@ def _load_rows(path: Path) -> np.ndarray | None:
 
 def _file(folder: Path, name: str, suffix: str) -> Path:
     return folder / f"{name}.{suffix}"
-
-
-def _write(path: Path, write: Any) -> None:
-    """Write a file that becomes visible only when it is whole."""
-    temporary = ""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".tmp", delete=False) as file:
-            temporary = file.name
-            write(file)
-        os.replace(temporary, path)
-    except BaseException as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise RecipeError(
-                f"The index file {path} could not be written: {error}. Free space there, give yourself write permission, or name "
-                "another folder for the index. What is finished is kept."
-            ) from error
-        raise
