@@ -5,7 +5,6 @@ import hashlib
 import json
 import mmap
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
+from components.atomic import save
 from components.errors import BadSample, RecipeError
 
 Ranges = Int64[np.ndarray, "records 2"]
@@ -113,8 +113,8 @@ def _load_or_find_ranges(path: Path, data: mmap.mmap) -> Ranges:
     ranges = _array_ranges(path, data) if _is_array(data) else _line_ranges(data)
     if len(ranges) == 0:
         raise RecipeError(f"The annotation file {path} holds no records. Fetch it again or name another file.")
-    with contextlib.suppress(OSError, RuntimeError):  # a cache that cannot be written only costs the next start a pass
-        _save_atomically(_cache_file(path), ranges)
+    with contextlib.suppress(OSError, RuntimeError, RecipeError):  # a cache that cannot be written only costs the next start a pass
+        save(_cache_file(path), lambda file: np.save(file, ranges))
         return np.load(_cache_file(path), mmap_mode="r")
     return ranges
 
@@ -123,18 +123,6 @@ def _cache_file(path: Path) -> Path:
     stat = path.stat()
     identity = f"{_LAYOUT} {path.absolute()} {stat.st_size} {stat.st_mtime_ns}".encode(errors="surrogateescape")
     return cache_folder() / f"{hashlib.blake2b(identity, digest_size=16).hexdigest()}.npy"
-
-
-def _save_atomically(path: Path, ranges: Ranges) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-        try:
-            np.save(file, ranges)
-            file.close()
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
 
 
 def _line_ranges(data: mmap.mmap) -> Ranges:
