@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from jaxtyping import UInt8, UInt64
 
+from components.atomic import save
 from components.data.shard_files import in_parallel
 from components.errors import BadSample, RecipeError
 from components.images import MAX_BYTES
@@ -104,8 +105,8 @@ def read_evaluation_pictures(folders: list[Path], processes: int) -> EvaluationP
     )
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     pictures = _pictures(files, **arrays)
-    with contextlib.suppress(OSError):  # a cache that cannot be written only costs the next start a pass
-        _save_atomically(cached, arrays)
+    with contextlib.suppress(RecipeError):  # a cache that cannot be written only costs the next start a pass
+        save(cached, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
     return pictures
 
 
@@ -197,13 +198,3 @@ def _cache_file(files: list[File]) -> Path:
     listing = [f"{_LAYOUT} {len(files)}", *(f"{Path(file.path).absolute()}\0{file.member}\0{file.version}" for file in files)]
     digest = hashlib.blake2b("\n".join(listing).encode(errors="surrogateescape"), digest_size=16)
     return folder / f"{digest.hexdigest()}.npz"
-
-
-def _save_atomically(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp.npz")
-    try:
-        np.savez(temporary, **arrays)  # type: ignore[arg-type]
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

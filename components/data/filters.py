@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Int64, UInt8, UInt32, UInt64
 
 from components.data.metadata import Metadata, metadata_of
-from components.data.shard_files import ShardFiles, save
+from components.data.shard_files import ShardFiles, save_array, save_facts
 from components.data.sources.base import uniform
 from components.errors import RecipeError
 from components.shards.rows import ShardIndex
@@ -181,9 +181,9 @@ def select(index: ShardIndex, filters: Filters, validation_fraction: float, stor
         for shard, known in enumerate(facts)
         if known["validation"]
     ]
-    save(files.of_all("train.npy"), np.array([known["train"] for known in facts], dtype=np.int64))
-    save(files.of_all("held_out.npy"), np.concatenate([np.empty(0, dtype=np.int64), *held_out]))
-    save(files.of_all("json"), {"index": index.fingerprint, "dropped": dict(dropped.most_common())})
+    save_array(files.of_all("train.npy"), np.array([known["train"] for known in facts], dtype=np.int64))
+    save_array(files.of_all("held_out.npy"), np.concatenate([np.empty(0, dtype=np.int64), *held_out]))
+    save_facts(files.of_all("json"), {"index": index.fingerprint, "dropped": dict(dropped.most_common())})
 
 
 def open_selection(index: ShardIndex, filters: Filters, validation_fraction: float) -> Selection | None:

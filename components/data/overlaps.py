@@ -19,7 +19,6 @@ Of symmetric drawings many frequencies are equal, so a recompressed copy may be 
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -30,6 +29,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from components.atomic import save
 from components.data.evaluation_pictures import EvaluationPictures
 from components.data.overlap_page import SideBySide, page
 from components.errors import BadSample
@@ -229,11 +229,4 @@ def hash_pictures(pictures: Iterator[bytes]) -> np.ndarray:
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
     """Write a file of lines that is whole as soon as it is there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", errors="replace") as file:  # names of files may hold anything
-            file.writelines(f"{line}\n" for line in lines)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    save(path, lambda file: file.writelines(f"{line}\n".encode(errors="replace") for line in lines))  # names may hold anything

@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from components.atomic import save
 from components.errors import RecipeError
 from components.shards.rows import ShardIndex
 
@@ -87,8 +87,8 @@ class ShardFiles:
     def _make(self, work: Work, shard: int) -> tuple[int, dict[str, Any]]:
         array, facts = work(shard)
         facts = {"digest": self.index.digests[shard], **facts}
-        save(self.path(shard, "npy"), array)
-        save(self.path(shard, "json"), facts)  # last: it says that the array is whole
+        save_array(self.path(shard, "npy"), array)
+        save_facts(self.path(shard, "json"), facts)  # last: it says that the array is whole
         return shard, facts
 
     def _known(self, shard: int) -> dict[str, Any] | None:
@@ -121,19 +121,14 @@ def in_parallel(work: Callable[[int], Any], numbers: Iterable[int], processes: i
         ) from error
 
 
-def save(path: Path, content: np.ndarray | dict[str, Any]) -> None:
-    """Write a file that is whole as soon as it is there."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        if isinstance(content, np.ndarray):
-            with temporary.open("wb") as file:
-                np.save(file, content)
-        else:
-            temporary.write_text(json.dumps(content))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Write an array, as `np.load` reads it."""
+    save(path, lambda file: np.save(file, array))
+
+
+def save_facts(path: Path, facts: dict[str, Any]) -> None:
+    """Write what is to be remembered, as JSON."""
+    save(path, lambda file: file.write(json.dumps(facts).encode()))
 
 
 _held: Callable[[int], Any]

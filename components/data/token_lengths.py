@@ -16,7 +16,7 @@ from components.batch import SampleFormat
 from components.chat_template import resolve_template
 from components.data.histograms import Counts
 from components.data.preparation import Preparation
-from components.data.shard_files import ShardFiles, in_parallel, save
+from components.data.shard_files import ShardFiles, in_parallel, save_array, save_facts
 from components.data.sources.base import Source
 from components.data.sources.tar_shards import TarShards, by_shard
 from components.errors import BadSample
@@ -90,7 +90,7 @@ def measure(work: Measure, processes: int, label: str) -> Counts:
     if isinstance(source, TarShards):
         files = _shard_files(source, work.hash)
         facts = files.make(_OfShard(work), processes, f"{label}: lengths")
-        save(files.of_all("json"), {"index": files.index.fingerprint, "unusable": sum(known["unusable"] for known in facts)})
+        save_facts(files.of_all("json"), {"index": files.index.fingerprint, "unusable": sum(known["unusable"] for known in facts)})
         return sum(
             in_parallel(_CountsOfShard(files), range(len(facts)), processes, f"{label}: lengths"), Counts.of(np.empty(0, int))
         )
@@ -98,7 +98,7 @@ def measure(work: Measure, processes: int, label: str) -> Counts:
     if not path.is_file():
         chunks = range(-(-size // _CHUNK))
         parts = in_parallel(_OfChunk(work, size), chunks, processes, f"{label}: lengths", f"{_CHUNK} samples")
-        save(path, np.concatenate(parts))
+        save_array(path, np.concatenate(parts))
     return Counts.of(np.load(path))
 
 

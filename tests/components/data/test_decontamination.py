@@ -159,6 +159,12 @@ def test_an_interrupted_pass_goes_on_where_it_was(tmp_path, evaluation, monkeypa
     assert triples(found, other) == [("2", "one.jpg", "near")]
 
 
+def test_what_cannot_be_written_is_told(tmp_path, evaluation):
+    (tmp_path / "out" / "overlaps.jsonl").mkdir(parents=True)
+    with pytest.raises(RecipeError, match=r"overlaps\.jsonl could not be written"):
+        find_overlaps(indexed(tmp_path, [{"0": jpeg(0)}]), STORAGE, [evaluation], 8, tmp_path / "out", 1)
+
+
 def test_a_shard_that_changed_is_refused(tmp_path, evaluation):
     index = indexed(tmp_path, [{"0": jpeg(0)}])
     write_tar(tmp_path / "00000.tar", {"0": jpeg(0), "1": jpeg(1)})

@@ -152,6 +152,14 @@ def test_a_shard_that_was_replaced_is_decided_again(tmp_path):
     assert kept(index, Filters(min_characters=20)) == [[len(pair.caption) >= 20 for pair in shard] for shard in made]
 
 
+def test_what_cannot_be_written_is_told(shards):
+    _, index = shards
+    filters = Filters(min_characters=20)
+    index.file(0, f"select-{filters.hash(0.0)}.npy").mkdir()
+    with pytest.raises(RecipeError, match=r"00000\.select-\w+\.npy could not be written"):
+        select(index, filters, 0.0, Storage(), 1)
+
+
 def test_a_process_that_dies_is_told():
     with pytest.raises(RecipeError, match="hashes: a process ended .*fewer --processes"):
         in_parallel(lambda number: os._exit(9) if number else number, range(4), 2, "hashes")
