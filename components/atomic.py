@@ -27,7 +27,8 @@ def save(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with temporary.open("xb") as file:
+            # not "xb": into a file open for writing alone numpy writes past Python, and cannot say what failed
+            with temporary.open("x+b") as file:
                 write(file)
             os.replace(temporary, path)
         except BaseException:
