@@ -38,19 +38,26 @@ _SHOWN = 200  # characters of a key in a problem
 
 
 class Pieces:
-    """A shard in, ranges of its bytes out, read in large pieces that follow one another."""
+    """A shard in, ranges of its bytes out, read in large pieces that follow one another.
+
+    Attributes:
+        kept_from: First byte that may still be asked for, which the next piece begins with where it is not too far back.
+    """
 
     def __init__(self, storage: Storage, url: str, size: int) -> None:
         self.storage, self.url, self.size = storage, url, size
-        self.start, self.piece = 0, b""
+        self.start, self.piece, self.kept_from = 0, b"", 0
 
     def __call__(self, offset: int, size: int) -> bytes:
         """The `size` bytes from byte `offset` on."""
-        if size > _PIECE:
+        if size > _PIECE or offset < self.start:  # what lies further ahead is asked for next
             return self.storage.read(self.url, offset, size)
-        if not self.start <= offset <= offset + size <= self.start + len(self.piece):
-            self.piece = self.storage.read(self.url, offset, min(_PIECE, self.size - offset))
-            self.start = offset
+        if offset + size > self.start + len(self.piece):
+            near = self.start <= self.kept_from and offset + size - self.kept_from <= _PIECE
+            start = self.kept_from if near else offset
+            kept = self.piece[start - self.start :]
+            self.piece = kept + self.storage.read(self.url, start + len(kept), min(_PIECE, self.size - start) - len(kept))
+            self.start = start
         return self.piece[offset - self.start : offset - self.start + size]
 
 
@@ -79,6 +86,8 @@ class _ShardAudit:
             key, extension = split_name(entry.name)
             if self.members and (key != self.key or extension in self.members):
                 self.finish()
+            if not self.members:
+                self.read.kept_from = entry.header
             self.key = key
             if extension in _USED or len(self.members) < _MAX_OTHERS:
                 self.members[extension] = entry

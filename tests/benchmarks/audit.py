@@ -16,6 +16,7 @@ from components.shards import one_shard
 from components.shards.sample import read_sample
 from components.shards.storage import Storage
 from tests.benchmarks import table
+from tests.components.shards.counting import CountingStorage
 from tests.components.shards.hostile_shards import tar
 from tests.components.shards.serving import serving
 from tests.natural_pictures import jpegs
@@ -56,15 +57,16 @@ def main(arguments: list[str]) -> None:
             server.terminate()
         server.join()
     title = f"One shard of {samples} samples, {megabytes:.0f} MB, pictures of 300 to 500 px, in the page cache; best of {ROUNDS}"
-    print(table(title, ("pieces", "read from", "samples/CPU-s", "MB/CPU-s", "samples/s", "MB/s"), rows))
+    print(table(title, ("pieces", "read from", "samples/CPU-s", "MB/CPU-s", "samples/s", "MB/s", "bytes read of each"), rows))
 
 
 def _measure(place: str, url: str, pieces: str, samples: int, megabytes: float) -> tuple[object, ...]:
     one_shard._PIECE = PIECES[pieces]
     spent = []
     for _ in range(ROUNDS):
+        storage = CountingStorage()
         before = time.process_time(), time.perf_counter()
-        found, _ = one_shard.audit_shard(url, "0", Storage())
+        found, _ = one_shard.audit_shard(url, "0", storage)
         assert found.samples == samples
         spent.append((time.process_time() - before[0], time.perf_counter() - before[1]))
     computed, passed = np.min(spent, axis=0)
@@ -72,6 +74,7 @@ def _measure(place: str, url: str, pieces: str, samples: int, megabytes: float) 
         pieces,
         place,
         *(round(float(figure)) for figure in (samples / computed, megabytes / computed, samples / passed, megabytes / passed)),
+        f"{storage.read_bytes / 1e6 / megabytes:.3f}",
     )
 
 
@@ -82,7 +85,7 @@ def _lookups(path: str, samples: int) -> tuple[object, ...]:
     for number in order:
         read_sample(storage, path, rows[number])
     computed, passed = time.process_time() - before[0], time.perf_counter() - before[1]
-    return "one sample, by its row", "disk", round(samples / computed), "", round(samples / passed), ""
+    return "one sample, by its row", "disk", round(samples / computed), "", round(samples / passed), "", ""
 
 
 def _serve(folder: Path, ready: Connection) -> None:

@@ -18,6 +18,7 @@ from components.shards.rows import Audit
 from components.shards.sample import JSON_CAPTION, hash_key, read_caption, read_sample
 from components.shards.storage import Storage
 from tests.components.shards import hostile_shards
+from tests.components.shards.counting import CountingStorage
 from tests.components.shards.hostile_shards import HOSTILE, picture, sample, samples, tar
 from tests.components.shards.serving import serving
 
@@ -160,6 +161,26 @@ def test_behind_a_url_as_on_disk(tmp_path) -> None:
         server.requests.clear()
         assert read_sample(Storage(), f"{server.url}/0.tar", rows[7]) == read_sample(Storage(), path, rows[7])
         assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("kilobytes", "count", "most"), [((15, 200), 600, 1.001), ((2000, 9000), 12, 1.001), ((17_000, 20_000), 3, 1.02)]
+)
+def test_no_part_of_a_shard_is_read_twice(tmp_path, kilobytes: tuple[int, int], count: int, most: float) -> None:
+    sizes = np.random.default_rng(0).integers(*kilobytes, count) * 1000
+    path = tmp_path / "0.tar"
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
+        for number, size in enumerate(sizes.tolist()):
+            for extension, content in (("jpg", picture() + bytes(size)), ("json", b"{}"), ("txt", b"caption")):
+                info = tarfile.TarInfo(f"{number:06d}.{extension}")
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    storage = CountingStorage()
+    found, _ = audit_shard(str(path), "0", storage)
+    assert found.samples == count and not found.counts
+    share = storage.read_bytes / path.stat().st_size
+    print(f"{path.stat().st_size:,} bytes; read {share:.3f} times, in {storage.reads} pieces")
+    assert share < most
 
 
 def test_what_is_kept_of_a_shard_is_bounded(tmp_path, monkeypatch) -> None:
