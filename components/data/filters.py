@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Int64, UInt8, UInt32, UInt64
 
 from components.data.metadata import Metadata, metadata_of
-from components.data.shard_files import ShardFiles, save_array, save_facts
+from components.data.shard_files import ShardFiles, save_array, save_facts, whole
 from components.data.sources.base import uniform
 from components.errors import RecipeError
 from components.shards.rows import ShardIndex
@@ -183,17 +183,22 @@ def select(index: ShardIndex, filters: Filters, validation_fraction: float, stor
     ]
     save_array(files.of_all("train.npy"), np.array([known["train"] for known in facts], dtype=np.int64))
     save_array(files.of_all("held_out.npy"), np.concatenate([np.empty(0, dtype=np.int64), *held_out]))
-    save_facts(files.of_all("json"), {"index": index.fingerprint, "dropped": dict(dropped.most_common())})
+    held_out_size = sum(known["validation"] for known in facts)
+    summary = {"index": index.fingerprint, "dropped": dict(dropped.most_common()), "held_out": held_out_size}
+    save_facts(files.of_all("json"), summary)
 
 
 def open_selection(index: ShardIndex, filters: Filters, validation_fraction: float) -> Selection | None:
-    """What was decided for these filters and this index; None where nothing was."""
+    """What was decided for these filters and this index; None where nothing was, or it is damaged."""
     files = ShardFiles(index, KIND, filters.hash(validation_fraction))
     summary = files.summary()
     if summary is None:
         return None
-    held_out = np.load(files.of_all("held_out.npy"), mmap_mode="r")
-    return Selection(files, np.load(files.of_all("train.npy")), held_out, summary["dropped"])
+    train = whole(files.of_all("train.npy"), len(index.names))
+    held_out = whole(files.of_all("held_out.npy"), summary["held_out"])
+    if train is None or held_out is None:
+        return None
+    return Selection(files, train, held_out, summary["dropped"])
 
 
 class _Blocked:

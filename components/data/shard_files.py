@@ -57,10 +57,9 @@ class ShardFiles:
             self._open.move_to_end(shard)
             return known
         path = self.path(shard, "npy")
-        try:
-            array = np.load(path, mmap_mode="r")
-        except (OSError, ValueError, EOFError) as error:
-            raise RecipeError(f"{path} is missing or damaged ({error}). Run python main.py index again.") from error
+        array = whole(path, int(self.index.sizes[shard]))
+        if array is None:
+            raise RecipeError(f"{path} is missing or damaged. Run python main.py index again, as it was run for these shards.")
         known = self._open[shard] = array if derive is None else derive(array)
         if len(self._open) > OPEN:
             self._open.popitem(last=False)
@@ -70,9 +69,9 @@ class ShardFiles:
         """What was written of all shards together, last of all; None where nothing was, or for another index."""
         try:
             summary: dict[str, Any] = json.loads(self.of_all("json").read_text())
-        except (OSError, ValueError):
+            return summary if summary["index"] == self.index.fingerprint else None
+        except (OSError, ValueError, KeyError, TypeError):
             return None
-        return summary if summary["index"] == self.index.fingerprint else None
 
     def make(self, work: Work, processes: int, label: str) -> list[dict[str, Any]]:
         """Do the work of every shard that has not been done, and give what is to be remembered of each shard."""
@@ -94,9 +93,10 @@ class ShardFiles:
     def _known(self, shard: int) -> dict[str, Any] | None:
         try:
             known: dict[str, Any] = json.loads(self.path(shard, "json").read_text())
-        except (OSError, ValueError):
+            same = known["digest"] == self.index.digests[shard]
+        except (OSError, ValueError, KeyError, TypeError):
             return None
-        return known if known["digest"] == self.index.digests[shard] and self.path(shard, "npy").is_file() else None
+        return known if same and whole(self.path(shard, "npy"), int(self.index.sizes[shard])) is not None else None
 
 
 def in_parallel(work: Callable[[int], Any], numbers: Iterable[int], processes: int, label: str, unit: str = "shard") -> list[Any]:
@@ -119,6 +119,15 @@ def in_parallel(work: Callable[[int], Any], numbers: Iterable[int], processes: i
             f"{label}: a process ended before its work was done; perhaps for want of memory. Start again with fewer --processes: "
             "what is done is kept."
         ) from error
+
+
+def whole(path: Path, size: int) -> np.ndarray | None:
+    """The array of a file, memory-mapped; None where it is missing, damaged, or not of this size."""
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        return None
+    return array if array.shape == (size,) else None
 
 
 def save_array(path: Path, array: np.ndarray) -> None:

@@ -16,7 +16,7 @@ from components.batch import SampleFormat
 from components.chat_template import resolve_template
 from components.data.histograms import Counts
 from components.data.preparation import Preparation
-from components.data.shard_files import ShardFiles, in_parallel, save_array, save_facts
+from components.data.shard_files import ShardFiles, in_parallel, save_array, save_facts, whole
 from components.data.sources.base import Source
 from components.data.sources.tar_shards import TarShards, by_shard
 from components.errors import BadSample
@@ -90,12 +90,12 @@ def measure(work: Measure, processes: int, label: str) -> Counts:
     if isinstance(source, TarShards):
         files = _shard_files(source, work.hash)
         facts = files.make(_OfShard(work), processes, f"{label}: lengths")
-        save_facts(files.of_all("json"), {"index": files.index.fingerprint, "unusable": sum(known["unusable"] for known in facts)})
+        save_facts(files.of_all("json"), {"index": files.index.fingerprint})
         return sum(
             in_parallel(_CountsOfShard(files), range(len(facts)), processes, f"{label}: lengths"), Counts.of(np.empty(0, int))
         )
-    path, size = _file(source, work.hash), source.num_samples + len(source.validation_indices)
-    if not path.is_file():
+    path, size = _file(source, work.hash), _size(source)
+    if whole(path, size) is None:
         chunks = range(-(-size // _CHUNK))
         parts = in_parallel(_OfChunk(work, size), chunks, processes, f"{label}: lengths", f"{_CHUNK} samples")
         save_array(path, np.concatenate(parts))
@@ -103,7 +103,7 @@ def measure(work: Measure, processes: int, label: str) -> Counts:
 
 
 def open_lengths(work: Measure) -> "MeasuredShards | MeasuredFile | None":
-    """What was measured for this source, as `Source.measured` has it; None where nothing was."""
+    """What was measured for this source, as `Source.measured` has it; None where nothing was, or it is damaged."""
     source = work.source
     if not source.fixed_text:
         return None
@@ -111,7 +111,7 @@ def open_lengths(work: Measure) -> "MeasuredShards | MeasuredFile | None":
         files = _shard_files(source, work.hash)
         return MeasuredShards(files, source.starts) if files.summary() is not None else None
     path = _file(source, work.hash)
-    return MeasuredFile(path) if path.is_file() else None
+    return MeasuredFile(path) if whole(path, _size(source)) is not None else None
 
 
 @dataclass
@@ -169,8 +169,7 @@ class _OfShard:
         assert isinstance(source, TarShards)
         source.storage = _InPieces()
         first, end = source.starts[shard : shard + 2].tolist()
-        lengths = replace(self.work, source=source).of(first, end)
-        return lengths, {"unusable": int((lengths == UNUSABLE).sum())}
+        return replace(self.work, source=source).of(first, end), {}
 
 
 @dataclass
@@ -192,6 +191,10 @@ class _OfChunk:
 
 def _shard_files(source: TarShards, key: str) -> ShardFiles:
     return ShardFiles(source.rows_of, KIND, key)
+
+
+def _size(source: Source) -> int:
+    return source.num_samples + len(source.validation_indices)
 
 
 def _file(source: Source, key: str) -> Path:

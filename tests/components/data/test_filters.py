@@ -132,9 +132,10 @@ def test_work_that_was_interrupted_goes_on(shards, monkeypatch):
     whole, selection = uses_of(index, filters)
     done = selection.files.path(0, "npy")
     before = done.stat().st_mtime_ns
-    for file in (selection.files.path(1, "npy"), selection.files.path(2, "json")):
-        file.unlink()
-    with pytest.raises(RecipeError, match=r"00001\.select-.* is missing or damaged .*python main\.py index"):
+    selection.files.path(2, "json").write_text('{"digest')
+    cut = selection.files.path(1, "npy")
+    cut.write_bytes(cut.read_bytes()[:-3])
+    with pytest.raises(RecipeError, match=r"00001\.select-.* is missing or damaged.*python main\.py index"):
         selection.rows_to_train_on(1)
     selection.files.of_all("json").unlink()
     assert open_selection(index, filters, 0.0) is None
@@ -150,6 +151,28 @@ def test_a_shard_that_was_replaced_is_decided_again(tmp_path):
     index = indexed(tmp_path)
     assert open_selection(index, Filters(min_characters=20), 0.0) is None
     assert kept(index, Filters(min_characters=20)) == [[len(pair.caption) >= 20 for pair in shard] for shard in made]
+
+
+@pytest.mark.parametrize("ending", ["train.npy", "held_out.npy"])
+@pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: file.write_bytes(file.read_bytes()[:-1])])
+def test_damaged_files_of_all_shards_are_made_again(shards, ending, damage):
+    _, index = shards
+    _, selection = uses_of(index, Filters(min_characters=20), 0.2)
+    damage(selection.files.of_all(ending))
+    assert open_selection(index, Filters(min_characters=20), 0.2) is None
+    _, again = uses_of(index, Filters(min_characters=20), 0.2)
+    np.testing.assert_array_equal(again.held_out, selection.held_out)
+
+
+def test_a_shard_without_samples_is_kept_too(tmp_path):
+    write_shards(tmp_path / "shards", count=1)
+    (tmp_path / "shards" / "00001.tar").write_bytes(b"nothing")
+    index = indexed(tmp_path)
+    assert index.sizes.tolist() == [30, 0]
+    _, selection = uses_of(index, Filters(min_characters=20))
+    before = selection.files.path(1, "npy").stat().st_mtime_ns
+    _, again = uses_of(index, Filters(min_characters=20))
+    assert again.files.path(1, "npy").stat().st_mtime_ns == before
 
 
 def test_what_cannot_be_written_is_told(shards):

@@ -10,7 +10,7 @@ from some_shards import write_shards
 from components.batch import SampleFormat
 from components.data import HuggingFaceDataset, LlavaConversations, Preparation, ShapesWorld, TarShards
 from components.data.token_lengths import UNUSABLE, Measure, measure, open_lengths
-from components.errors import BadSample
+from components.errors import BadSample, RecipeError
 from components.shards.audit import audit
 from components.shards.names import expand
 from components.tokenizer import WordTokenizer
@@ -89,6 +89,29 @@ def test_lengths_of_shards(shards, processes):
     assert open_lengths(work)(order).tolist() == lengths[order].tolist()
     shards.measured = pickle.loads(pickle.dumps(open_lengths(work)))  # as a worker receives it
     assert shards.lengths(order, LAYOUT.tokens_per_image).tolist() == lengths[order].tolist()
+
+
+def test_damaged_lengths_of_shards_are_measured_again(shards):
+    work = Measure(shards, PLAIN, TOKENIZER, LAYOUT)
+    measure(work, 1, "pairs")
+    lengths = open_lengths(work)
+    cut = lengths.files.path(1, "npy")
+    cut.write_bytes(cut.read_bytes()[:-1])
+    with pytest.raises(RecipeError, match=r"00001\.tokens-.* is missing or damaged.*python main\.py index"):
+        lengths(np.arange(shards.num_samples))
+    measure(work, 1, "pairs")
+    assert open_lengths(work)(np.arange(shards.num_samples)).tolist() == expected(shards, PLAIN, shards.num_samples)
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: b"", lambda data: data[:60]])
+def test_damaged_lengths_of_a_file_are_measured_again(conversations, damage):
+    work = Measure(conversations, BRIEF, TOKENIZER, LAYOUT)
+    measure(work, 1, "own")
+    path = open_lengths(work).path
+    path.write_bytes(damage(path.read_bytes()))
+    assert open_lengths(work) is None
+    measure(work, 1, "own")
+    assert open_lengths(work)(np.arange(7)).tolist() == expected(conversations, BRIEF, 7)
 
 
 def test_estimates_take_the_place_of_lengths(shards):
