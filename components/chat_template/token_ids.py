@@ -27,7 +27,7 @@ def ids_of(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
     return _cached_ids(tokenizer, text) if len(text) <= _LONG else tuple(tokenizer.encode(text, add_special_tokens=False))
 
 
-@lru_cache(maxsize=2**11)  # answers pass through it: at 16384 texts it took 40 MB of each worker
+@lru_cache(maxsize=2**8)  # answers pass through it, and long-lived small objects between short-lived large ones scatter a heap
 def _cached_ids(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
     return tuple(tokenizer.encode(text, add_special_tokens=False)) if text else ()
 
