@@ -190,7 +190,7 @@ def _matches(search: Search, read: Callable[[int], bytes], num_pictures: int, pr
         matches = search.matches(pictures, lambda row: read(first + row))
         return [match._replace(row=first + match.row) for match in matches], int((~pictures["decoded"]).sum())
 
-    parts = in_parallel(compare, range(0, num_pictures, HASHED_AT_ONCE), processes, "overlaps", f"{HASHED_AT_ONCE} pictures")
+    parts = list(in_parallel(compare, range(0, num_pictures, HASHED_AT_ONCE), processes, "overlaps", f"{HASHED_AT_ONCE} pictures"))
     return [match for matches, _ in parts for match in matches], sum(unreadable for _, unreadable in parts)
 
 

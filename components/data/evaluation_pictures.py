@@ -100,8 +100,8 @@ def read_evaluation_pictures(folders: list[Path], processes: int) -> EvaluationP
     damaged = (OSError, ValueError, KeyError, zipfile.BadZipFile)
     with contextlib.suppress(*damaged), cached.open("rb") as file, np.load(file) as kept:  # none yet, or damaged by a full disk
         return _pictures(files, **{name: kept[name] for name in ("digests", "grays", "reasons")})
-    parts = in_parallel(
-        partial(_hash, files), range(0, len(files), _AT_ONCE), processes, "evaluation pictures", f"{_AT_ONCE} pictures"
+    parts = list(
+        in_parallel(partial(_hash, files), range(0, len(files), _AT_ONCE), processes, "evaluation pictures", f"{_AT_ONCE} pictures")
     )
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     pictures = _pictures(files, **arrays)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int64, UInt8, UInt32, UInt64
 
-from components.data.metadata import Metadata, metadata_of
+from components.data.metadata import Metadata, Number, digest_hash, metadata_of, number, text_hash, version_of
 from components.data.shard_files import ShardFiles, save_array, save_facts, whole
 from components.data.sources.base import uniform
 from components.errors import RecipeError
@@ -95,9 +96,13 @@ class Select:
         self.index, self.filters, self.validation_fraction, self.storage = index, filters, validation_fraction, storage
         self.blocked = _Blocked(filters.blocklist) if filters.blocklist else None
         self.excluded = _excluded(filters.exclude) if filters.exclude else {}
-        self.columns = [column.lower() for column in filters.scores or {}]
+        self.columns: dict[str, Callable[[Any], Number]] = {column.lower(): number for column in filters.scores or {}}
         if self.blocked:
-            self.columns += list(self.blocked.entries)
+            self.columns |= {column: text_hash if column == "url" else digest_hash for column in self.blocked.entries}
+
+    def version(self, shard: int) -> list[int | str] | None:
+        """Which version of its metadata decides over a shard."""
+        return version_of(self.index, shard, self.storage) if self.columns else None
 
     def __call__(self, shard: int) -> tuple[UInt8[np.ndarray, " samples"], dict[str, Any]]:
         """The use of every sample of a shard; a sample that several filters drop is counted for the first of them."""
@@ -170,7 +175,7 @@ def select(index: ShardIndex, filters: Filters, validation_fraction: float, stor
     """
     files = ShardFiles(index, KIND, filters.hash(validation_fraction))
     work = Select(index, filters, validation_fraction, storage)
-    facts = files.make(work, processes, "filters")
+    facts = files.make(work, processes, "filters", work.version)
     _demand_columns(work.columns, {column for known in facts for column in known["columns"]}, index)
     dropped = Counter[str]()
     for known in facts:
@@ -206,13 +211,13 @@ class _Blocked:
 
     def __init__(self, path: str) -> None:
         entries: dict[str, list[int]] = {}
-        for number, line in enumerate(_content(path, "blocklist").decode(errors="replace").splitlines(), start=1):
+        for place, line in enumerate(_content(path, "blocklist").decode(errors="replace").splitlines(), start=1):
             if not (entry := line.strip()):
                 continue
             column = "url" if "://" in entry else _DIGESTS.get(len(entry)) if _HEX.fullmatch(entry) else None
             if column is None:
                 raise RecipeError(
-                    f"{path} line {number}: {entry[:80]!r} is neither a URL nor a md5 or sha256 in hexadecimal digits. "
+                    f"{path} line {place}: {entry[:80]!r} is neither a URL nor a md5 or sha256 in hexadecimal digits. "
                     "A blocklist (filters.blocklist) has one of them a line."
                 )
             entries.setdefault(column, []).append(hash_key(entry if column == "url" else entry.lower()))
@@ -223,9 +228,8 @@ class _Blocked:
         blocked, unknown = np.zeros((2, metadata.num_samples), dtype=bool)
         for column, hashes in self.entries.items():
             values = metadata.values(column)
-            known = np.array([isinstance(value, str) for value in values], dtype=bool)
-            texts = [value if column == "url" else value.lower() for value in values if isinstance(value, str)]
-            blocked[known] |= np.isin(np.array([hash_key(text.strip()) for text in texts], dtype=np.uint64), hashes)
+            known = np.array([value is not None for value in values], dtype=bool)
+            blocked[known] |= np.isin(np.array([value for value in values if value is not None], dtype=np.uint64), hashes)
             unknown |= ~known
         return blocked, unknown
 
@@ -233,13 +237,13 @@ class _Blocked:
 def _excluded(path: str) -> dict[str, UInt64[np.ndarray, " keys"]]:
     """The keys of every shard that a file of decontamination names."""
     keys: dict[str, list[int]] = {}
-    for number, line in enumerate(_content(path, "exclude").decode(errors="replace").splitlines(), start=1):
+    for place, line in enumerate(_content(path, "exclude").decode(errors="replace").splitlines(), start=1):
         try:
             record = json.loads(line)
             keys.setdefault(record["shard"], []).append(hash_key(record["key"]))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise RecipeError(
-                f"{path} line {number} is not a JSON object with shard and key: {line[:80]!r}. "
+                f"{path} line {place} is not a JSON object with shard and key: {line[:80]!r}. "
                 "Write the file (filters.exclude) with python main.py index --against FOLDER."
             ) from error
     return {shard: np.array(hashes, dtype=np.uint64) for shard, hashes in keys.items()}
@@ -254,7 +258,7 @@ def _content(path: str, key: str) -> bytes:
         ) from error
 
 
-def _demand_columns(wanted: list[str], found: set[str], index: ShardIndex) -> None:
+def _demand_columns(wanted: Iterable[str], found: set[str], index: ShardIndex) -> None:
     if missing := [column for column in wanted if column not in found]:
         raise RecipeError(
             f"filters: no shard of {index.names[0]} and those beside it has a column {' or '.join(missing)}, neither in its "

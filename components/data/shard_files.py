@@ -3,7 +3,7 @@
 import json
 import multiprocessing
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -73,33 +73,45 @@ class ShardFiles:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def make(self, work: Work, processes: int, label: str) -> list[dict[str, Any]]:
-        """Do the work of every shard that has not been done, and give what is to be remembered of each shard."""
-        facts = {shard: self._known(shard) for shard in range(len(self.index.names))}
-        missing = [shard for shard, known in facts.items() if known is None]
-        facts |= in_parallel(partial(self._make, work), missing, processes, label)
-        return [known for known in facts.values() if known is not None]
+    def make(
+        self, work: Work, processes: int, label: str, version: Callable[[int], Any] = lambda shard: None
+    ) -> list[dict[str, Any]]:
+        """Do the work of every shard that has not been done, and give what is to be remembered of each shard.
+
+        Args:
+            work: What is to be done.
+            processes: Processes that share it, >= 1.
+            label: Its name in the progress bar.
+            version: Of what the work of a shard reads besides its rows, as JSON holds it; where it is another one than when the
+                work was done, it is done again.
+        """
+        return list(in_parallel(partial(self._make, work, version), range(len(self.index.names)), processes, label))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict()}
 
-    def _make(self, work: Work, shard: int) -> tuple[int, dict[str, Any]]:
+    def _make(self, work: Work, version: Callable[[int], Any], shard: int) -> dict[str, Any]:
+        now = {"digest": self.index.digests[shard], "version": version(shard)}
+        known = self._known(shard)
+        if known is not None and known.items() >= now.items():
+            return known
         array, facts = work(shard)
-        facts = {"digest": self.index.digests[shard], **facts}
+        facts = {**now, **facts}
         save_array(self.path(shard, "npy"), array)
         save_facts(self.path(shard, "json"), facts)  # last: it says that the array is whole
-        return shard, facts
+        return facts
 
     def _known(self, shard: int) -> dict[str, Any] | None:
         try:
             known: dict[str, Any] = json.loads(self.path(shard, "json").read_text())
-            same = known["digest"] == self.index.digests[shard]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError):
             return None
-        return known if same and whole(self.path(shard, "npy"), int(self.index.sizes[shard])) is not None else None
+        return known if whole(self.path(shard, "npy"), int(self.index.sizes[shard])) is not None else None
 
 
-def in_parallel(work: Callable[[int], Any], numbers: Iterable[int], processes: int, label: str, unit: str = "shard") -> list[Any]:
+def in_parallel(
+    work: Callable[[int], Any], numbers: Iterable[int], processes: int, label: str, unit: str = "shard"
+) -> Iterator[Any]:
     """What `work` gives for each number, in their order, with a progress bar; in this process where one is enough.
 
     Raises:
@@ -109,11 +121,12 @@ def in_parallel(work: Callable[[int], Any], numbers: Iterable[int], processes: i
     processes = min(processes, len(numbers))
     bar = partial(tqdm, total=len(numbers), desc=label, unit=unit, leave=False, disable=not numbers)
     if processes <= 1:
-        return list(bar(map(work, numbers)))
+        yield from bar(map(work, numbers))
+        return
     context = multiprocessing.get_context("fork")  # what is open here need not be opened again
     try:
         with ProcessPoolExecutor(processes, context, _hold, (work,)) as pool:
-            return list(bar(pool.map(_call, numbers)))
+            yield from bar(pool.map(_call, numbers))
     except BrokenProcessPool as error:
         raise RecipeError(
             f"{label}: a process ended before its work was done; perhaps for want of memory. Start again with fewer --processes: "

@@ -97,7 +97,7 @@ def measure(work: Measure, processes: int, label: str) -> Counts:
     path, size = _file(source, work.hash), _size(source)
     if whole(path, size) is None:
         chunks = range(-(-size // _CHUNK))
-        parts = in_parallel(_OfChunk(work, size), chunks, processes, f"{label}: lengths", f"{_CHUNK} samples")
+        parts = list(in_parallel(_OfChunk(work, size), chunks, processes, f"{label}: lengths", f"{_CHUNK} samples"))
         save_array(path, np.concatenate(parts))
     return Counts.of(np.load(path))
 

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import tarfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,13 +46,18 @@ def pairs(shard: int, count: int, seed: int = 0) -> list[Pair]:
     return made
 
 
-def write_shard(folder: Path, name: str, made: list[Pair], parquet: bool = True, stats: bool = True) -> Path:
+def write_shard(
+    folder: Path, name: str, made: list[Pair], parquet: bool = True, stats: bool = True, members: Mapping[str, bytes] = {}
+) -> Path:
+    """A shard; `members` take the place of the .json members of their keys."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}.tar"
     with tarfile.open(file, "w") as tar:
         for pair in made:
             for ending, content in (
-                ("jpg", pair.picture), ("txt", pair.caption.encode()), ("json", json.dumps(pair.metadata).encode()),
+                ("jpg", pair.picture),
+                ("txt", pair.caption.encode()),
+                ("json", members.get(pair.key, json.dumps(pair.metadata).encode())),
             ):  # fmt: skip
                 info = tarfile.TarInfo(f"{pair.key}.{ending}")
                 info.size = len(content)

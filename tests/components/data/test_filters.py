@@ -5,10 +5,13 @@ import os
 from collections import Counter
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
-from some_shards import write_shards
+from some_shards import pairs, write_shard, write_shards
 
 from components.data.filters import DROPPED, TRAIN, VALIDATION, Filters, open_selection, select
+from components.data.metadata import beside, metadata_of, number, text_hash
 from components.data.shard_files import in_parallel
 from components.data.sources.base import uniform
 from components.errors import RecipeError
@@ -17,6 +20,7 @@ from components.shards.names import expand
 from components.shards.rows import ShardIndex
 from components.shards.sample import hash_key
 from components.shards.storage import Storage
+from tests.components.shards.serving import serving
 
 
 @pytest.fixture
@@ -80,9 +84,6 @@ def test_a_blocklist_of_urls_and_hashes(shards, tmp_path):
 def test_what_a_blocklist_cannot_judge_is_dropped(tmp_path):
     made = write_shards(tmp_path / "shards", count=1)
     other = [pair.metadata | ({"url": None} if place == 4 else {}) for place, pair in enumerate(made[0])]
-    import pyarrow
-    import pyarrow.parquet
-
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(other), tmp_path / "shards/00000.parquet")
     (tmp_path / "optout.txt").write_text("https://example.org/not_here.jpg\n")
     filters = Filters(blocklist=str(tmp_path / "optout.txt"))
@@ -183,10 +184,113 @@ def test_what_cannot_be_written_is_told(shards):
         select(index, filters, 0.0, Storage(), 1)
 
 
+def rewrite_parquet(file, change):
+    records = [change(record) for record in pyarrow.parquet.read_table(file).to_pylist()]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), file)
+
+
+SIMILAR = Filters(scores={"similarity": (0.3, None)})
+
+
+def test_metadata_that_changed_decide_again(shards, tmp_path):
+    made, index = shards
+    before, selection = uses_of(index, SIMILAR)
+    untouched = selection.files.path(0, "npy").stat().st_mtime_ns
+    rewrite_parquet(tmp_path / "shards/00001.parquet", lambda record: record | {"similarity": 0.35})
+    (tmp_path / "shards/00002.parquet").unlink()  # now the .json members say it
+    after, selection = uses_of(index, SIMILAR)
+    assert after[1].tolist() == [TRAIN] * len(made[1]) != before[1].tolist()
+    assert after[2].tolist() == before[2].tolist()
+    assert selection.files.path(0, "npy").stat().st_mtime_ns == untouched
+
+
+def test_json_members_that_changed_decide_again(tmp_path):
+    """Their shard has the same rows, byte for byte."""
+    made = write_shards(tmp_path / "shards", count=1, parquet=False)
+    before, _ = uses_of(indexed(tmp_path), SIMILAR)
+    file = tmp_path / "shards/00000.tar"
+    content = file.read_bytes()
+    changed = content.replace(b'"similarity": 0.2', b'"similarity": 0.9')
+    assert changed != content
+    file.write_bytes(changed)
+    after, _ = uses_of(indexed(tmp_path), SIMILAR)
+    assert after[0].tolist() == [TRAIN] * len(made[0]) != before[0].tolist()
+
+
+@pytest.mark.parametrize("parquet", [True, False])
+def test_a_shard_that_cannot_be_read_ends_no_filters(tmp_path, parquet):
+    made = write_shards(tmp_path / "shards", count=2, parquet=parquet)
+    (tmp_path / "shards/00001.tar").unlink()
+    (tmp_path / "shards/00001.tar").symlink_to("nowhere")
+    index = indexed(tmp_path)
+    assert index.sizes.tolist() == [len(made[0]), 0]
+    assert kept(index, SIMILAR)[1] == []
+
+
+def test_a_store_that_forbids_what_is_not_there(tmp_path):
+    """As S3 answers whoever may not list a bucket."""
+    made = write_shards(tmp_path / "shards", count=1, parquet=False)
+    with serving(tmp_path / "shards") as server:
+        audit([f"{server.url}/00000.tar"], tmp_path / "index", 1)
+        index = ShardIndex.open(tmp_path / "index", [f"{server.url}/00000.tar"])
+        server.faults = ["403"] * 2  # the version of the .parquet: by HEAD, then by GET
+        storage = Storage(waits=())
+        assert beside(index.names[0], ".parquet", storage) is None
+        server.faults = []
+        assert kept(index, SIMILAR) == [[pair.metadata["similarity"] >= 0.3 for pair in made[0]]]
+
+
+HOSTILE = {
+    "nested": b"[" * 100_000,
+    "a number without end": b'{"similarity": 1' + b"0" * 400 + b"}",
+    "half a character": b'{"similarity": 0.9, "url": "\\ud800"}',
+    "a list": b'{"similarity": [1], "url": ["a"]}',
+    "no JSON": b'{"similarity',
+}
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_hostile_json_members_are_as_no_metadata(tmp_path, hostile):
+    made = pairs(0, 4)
+    write_shard(tmp_path / "shards", "00000", made, parquet=False, members={made[1].key: HOSTILE[hostile]})
+    (tmp_path / "optout.txt").write_text("https://example.org/a.jpg\n")
+    filters = Filters(scores={"similarity": (0.1, None)}, blocklist=str(tmp_path / "optout.txt"))
+    assert kept(indexed(tmp_path), filters) == [[True, False, True, True]]
+
+
+@pytest.mark.parametrize("key", [7, None])
+def test_keys_of_metadata_that_are_no_texts(tmp_path, key):
+    made = write_shards(tmp_path / "shards", count=1)
+    rewrite_parquet(tmp_path / "shards/00000.parquet", lambda record: record | {"key": key})
+    index = indexed(tmp_path)
+    if key is None:
+        with pytest.raises(RecipeError, match="column similarity"):
+            kept(index, SIMILAR)
+        return
+    with pytest.raises(RecipeError, match=r"00000\.tar.*column key holds int64"):
+        kept(index, SIMILAR)
+    assert made
+
+
+@pytest.mark.parametrize("data", [b"", b"noise", b"PAR1" + bytes(100) + b"PAR1"])
+def test_a_broken_parquet_is_told(tmp_path, data):
+    write_shards(tmp_path / "shards", count=1)
+    (tmp_path / "shards/00000.parquet").write_bytes(data)
+    with pytest.raises(RecipeError, match=r"parquet beside .*00000\.tar.*cannot be read: .*Restore it or remove it"):
+        kept(indexed(tmp_path), SIMILAR)
+
+
+def test_metadata_are_held_as_numbers(shards):
+    _, index = shards
+    columns = {"url": text_hash, "similarity": number}
+    metadata = metadata_of(index, 0, columns, Storage())
+    assert {type(value) for values in metadata.columns.values() for value in values} == {int, float}
+
+
 def test_a_process_that_dies_is_told():
     with pytest.raises(RecipeError, match="hashes: a process ended .*fewer --processes"):
-        in_parallel(lambda number: os._exit(9) if number else number, range(4), 2, "hashes")
-    assert in_parallel(lambda number: number**2, range(5), 2, "squares") == [0, 1, 4, 9, 16]
+        list(in_parallel(lambda number: os._exit(9) if number else number, range(4), 2, "hashes"))
+    assert list(in_parallel(lambda number: number**2, range(5), 2, "squares")) == [0, 1, 4, 9, 16]
 
 
 def test_mistakes_are_told(shards, tmp_path):
