@@ -64,7 +64,7 @@ def _index_shards(options: Namespace, rest: list[str]) -> int:
     name = " ".join(options.shards)
     report = _audited(folder, shards, name, options)
     if options.against:
-        report.notes += _shared_pictures(ShardIndex.open(folder, shards), folder, options)
+        report.notes += _shared_pictures(ShardIndex.open(folder, shards, options.shards), folder, options)
     _tell(name, [report], options.report or folder / PAGE)
     return 0
 

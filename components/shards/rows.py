@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,7 +30,6 @@ bytes the headers of the sample's first member take."""
 
 SUMMARY = "shards.npz"
 _LAYOUT = 1  # of rows and audits; raise it when they change
-_COMMAND = "python main.py index --shards ... (or --config RECIPE)"
 _OPEN_ROWS = 256
 
 
@@ -68,6 +68,7 @@ class ShardIndex:
         sizes: Samples of each shard.
         digests: Of the rows of each shard.
         fingerprint: Hash of the names, sizes and rows of all shards.
+        patterns: What the shards were named by, for messages.
     """
 
     def __init__(
@@ -78,26 +79,32 @@ class ShardIndex:
         sizes: Int64[np.ndarray, " shards"],
         digests: list[str],
         fingerprint: str,
+        patterns: list[str],
     ) -> None:
         self.folder, self.names, self.bytes, self.sizes = folder, names, bytes, sizes
-        self.digests, self.fingerprint = digests, fingerprint
+        self.digests, self.fingerprint, self.patterns = digests, fingerprint, patterns
         self._files = names_in_index(names)
         self._rows: OrderedDict[int, np.ndarray] = OrderedDict()
 
     @classmethod
-    def open(cls, folder: str | Path, shards: list[str]) -> "ShardIndex":
+    def open(cls, folder: str | Path, shards: list[str], patterns: list[str] | None = None) -> "ShardIndex":
         """The index of these shards.
+
+        Args:
+            folder: Folder of the index.
+            shards: Paths or urls.
+            patterns: What they were named by, for messages; null: each by its name.
 
         Raises:
             RecipeError: There is none in this folder, or it is one of other shards.
         """
-        folder = Path(folder)
-        summary = _read_summary(folder)
+        folder, patterns = Path(folder), patterns or shards
+        summary = _read_summary(folder, index_command(folder, patterns))
         hashed = hashlib.blake2b(digest_size=16)
         for name in ("names", "bytes", "samples", "digests"):
             hashed.update(summary[name].tobytes())
         digests = summary["digests"].tobytes().decode().split("\n")
-        index = cls(folder, sorted(shards), summary["bytes"], summary["samples"], digests, hashed.hexdigest())
+        index = cls(folder, sorted(shards), summary["bytes"], summary["samples"], digests, hashed.hexdigest(), patterns)
         index._check_names(summary["names"].tobytes())
         return index
 
@@ -110,8 +117,13 @@ class ShardIndex:
         what += [f"has {len(others)} others ({others[0]} ...)"] if others else []
         raise RecipeError(
             f"The index {self.folder} is not one of the {len(self.names)} shards {self.names[0]} to {self.names[-1]}: it "
-            f"{' and '.join(what)}. Run {_COMMAND} with the same shards, or correct data's `index`."
+            f"{' and '.join(what) or 'has them in another order'}. Run {self.command}, or name its own folder (`index`)."
         )
+
+    @property
+    def command(self) -> str:
+        """What makes this index."""
+        return index_command(self.folder, self.patterns)
 
     def rows(self, shard: int) -> np.ndarray:
         """The rows of a shard, memory-mapped.
@@ -130,7 +142,7 @@ class ShardIndex:
         path = self.file(shard, "rows.npy")
         rows = _load_rows(path)
         if rows is None or len(rows) != self.sizes[shard]:
-            raise RecipeError(f"{path}, the rows of shard {self.names[shard]}, is missing or damaged. Run {_COMMAND} again.")
+            raise RecipeError(f"{path}, the rows of shard {self.names[shard]}, is missing or damaged. Run {self.command}.")
         while len(self._rows) >= _OPEN_ROWS:
             self._rows.popitem(last=False)
         self._rows[shard] = rows
@@ -150,7 +162,20 @@ class ShardIndex:
         if size != self.bytes[shard]:
             raise RecipeError(
                 f"Shard {self.names[shard]} has {size} bytes; when its index was made it had {self.bytes[shard]}. "
-                f"Run {_COMMAND} again: it audits only what changed."
+                f"Run {self.command}: it audits only what changed."
+            )
+
+    def check_version(self, shard: int, storage: Storage) -> None:
+        """Compare size and time of change, or ETag, of a shard with the audited ones, as another audit would.
+
+        Raises:
+            RecipeError: They differ.
+        """
+        self.check(shard, storage)
+        audited = read_audit(self.folder, self._files[shard])
+        if audited is not None and audited.version != storage.identity(self.names[shard]).version:
+            raise RecipeError(
+                f"Shard {self.names[shard]} changed after its index was made. Run {self.command}: it audits only what changed."
             )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -193,15 +218,22 @@ def _joined(names: list[str]) -> bytes:
     return "\n".join(names).encode(errors="surrogateescape")
 
 
-def _read_summary(folder: Path) -> dict[str, np.ndarray]:
+def index_command(folder: Path, patterns: list[str]) -> str:
+    """The command that makes an index, for a shell."""
+    return f"python main.py index --shards {shlex.join(patterns)} --index {shlex.quote(str(folder))}"
+
+
+def _read_summary(folder: Path, command: str) -> dict[str, np.ndarray]:
     path = folder / SUMMARY
     try:
         with path.open("rb") as file, np.load(file) as arrays:
             return {name: arrays[name] for name in ("names", "bytes", "samples", "digests")}
     except FileNotFoundError as error:
-        raise RecipeError(f"There is no index in {folder} ({SUMMARY} is missing). Run {_COMMAND} first, to its end.") from error
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-        raise RecipeError(f"The index summary {path} cannot be read: {error}. Run {_COMMAND} again.") from error
+        raise RecipeError(f"There is no index in {folder} ({SUMMARY} is missing). Run {command} first, to its end.") from error
+    except OSError as error:
+        raise RecipeError(f"The index summary {path} cannot be read: {error.strerror or error}. Check its permissions.") from error
+    except (ValueError, KeyError, EOFError, BadZipFile) as error:
+        raise RecipeError(f"The index summary {path} is damaged. Run {command}: what is finished is kept.") from error
 
 
 def _load_rows(path: Path) -> np.ndarray | None:

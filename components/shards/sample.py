@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from components.errors import BadSample, RecipeError
+from components.errors import BadSample
 from components.shards.storage import Storage
 from components.shards.tar import BLOCK, Member, walk
 from components.turns import MAX_CHARACTERS
@@ -76,8 +76,8 @@ def read_sample(storage: Storage, url: str, row: np.void) -> Pair:
     """A shard and the row of a sample in, the sample out: one read.
 
     Raises:
-        RecipeError: The shard cannot be read, or does not hold this sample there any longer.
-        BadSample: The caption is not one.
+        RecipeError: The shard cannot be read.
+        BadSample: The shard does not hold this sample there any longer, or its caption is not one.
     """
     start, size = span(row)
     data = storage.read(url, start, size)
@@ -89,11 +89,8 @@ def read_sample(storage: Storage, url: str, row: np.void) -> Pair:
     for offset, count in ((image, int(row["image_size"])), (image + int(row["text_offset"]), int(row["text_size"]))):
         member = members.get(offset)
         if member is None or member.size != count or hash_key(split_name(member.name)[0]) != int(row["key"]):
-            found = f"{member.name} of {member.size} bytes" if member else "no member"
-            raise RecipeError(
-                f"{url} changed after its index was made: at byte {offset} it holds {found}. "
-                "Run python main.py index --shards ... again."
-            )
+            found = f"{member.name[:200]!r} of {member.size} bytes" if member else "no member"
+            raise BadSample(f"It changed after its index was made: at byte {offset} the shard holds {found}.")
         key = split_name(member.name)[0]
         contents.append(data[offset - start : offset - start + count])
     return Pair(key, contents[0], caption(contents[1], bool(int(row["flags"]) & JSON_CAPTION)))

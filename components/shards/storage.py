@@ -87,7 +87,7 @@ class Storage:
             end = os.fstat(descriptor).st_size
             raise RecipeError(
                 f"{path} has {end} bytes, but bytes up to {offset + size} were asked for: it was cut off or is being written. "
-                "Fetch it again, then run python main.py index."
+                "Fetch it again."
             )
         return b"".join(pieces)
 

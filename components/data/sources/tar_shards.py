@@ -70,7 +70,7 @@ class TarShards(Source):
         Raises:
             RecipeError: There is none of these shards.
         """
-        self.rows_of = ShardIndex.open(self.index, expand_all(self.shards))
+        self.rows_of = ShardIndex.open(self.index, expand_all(self.shards), self.shards)
         self.storage = Storage()
         self.starts = np.concatenate([[0], np.cumsum(self.rows_of.sizes)])
 
@@ -134,6 +134,7 @@ class TarShards(Source):
         try:
             return read(self.storage, self.rows_of.names[shard], self.rows_of.rows(shard)[member])
         except BadSample as error:
+            self.rows_of.check_version(shard, self.storage)  # no fault of the sample: another audit mends it
             raise BadSample(f"{self.rows_of.names[shard]}, sample {member}: {error}") from error
 
     def _find(self, index: int) -> tuple[int, int]:

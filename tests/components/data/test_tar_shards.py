@@ -1,5 +1,6 @@
 """Tar shards as a source: every pair once, as it stands in the shard, and mistakes told before anything trains."""
 
+import os
 import pickle
 import shutil
 
@@ -10,7 +11,7 @@ from some_shards import write_shard, write_shards
 
 from components.data import TarShards
 from components.data.filters import Filters, select
-from components.errors import RecipeError
+from components.errors import BadSample, RecipeError
 from components.shards.audit import audit
 from components.shards.names import expand
 
@@ -113,12 +114,28 @@ def test_a_changed_shard_is_noticed(folder):
     source.setup()
     made = write_shards(folder / "elsewhere", count=1, each=40)
     write_shard(folder / "shards", "00001", made[0][5:])
-    with pytest.raises(RecipeError, match=r"00001\.tar changed after its index was made"):
+    with pytest.raises(RecipeError, match=r"00001\.tar changed after its index was made\. Run .*index --shards") as error:
         source.sample(30, RANDOM)
+    assert not isinstance(error.value, BadSample)
     before = source.fingerprint()
     index(folder)
     source.setup()
     assert source.fingerprint() != before
+
+
+def test_a_damaged_header_costs_its_sample_alone(folder):
+    source = source_of(folder)
+    source.setup()
+    row = source.rows_of.rows(1)[3]
+    path = folder / "shards/00001.tar"
+    content = bytearray(path.read_bytes())
+    content[int(row["image_offset"]) - 512] ^= 1  # the first character of the picture's name
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    path.write_bytes(content)
+    os.utime(path, ns=times)
+    with pytest.raises(BadSample, match=r"00001\.tar, sample 3: It changed after its index was made"):
+        source.sample(33, RANDOM)
+    assert [source.sample(index, RANDOM).id for index in (32, 34)] == ["000010002", "000010004"]
 
 
 def test_filters_that_leave_nothing_are_told(folder):

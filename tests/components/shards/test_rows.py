@@ -72,6 +72,12 @@ def test_an_index_of_other_shards_is_refused(tmp_path, shards: list[str], words:
         ShardIndex.open(tmp_path, shards)
 
 
+def test_the_same_shards_in_another_order_are_refused(tmp_path) -> None:
+    made(tmp_path, ["d/a/1.tar", "d/b/0.tar"], [3, 4])
+    with pytest.raises(RecipeError, match=r"it has them in another order. Run python main.py index"):
+        ShardIndex.open(tmp_path, ["d/0.tar", "d/1.tar"])
+
+
 def test_the_fingerprint_tells_names_sizes_and_rows(tmp_path) -> None:
     prints = set()
     for shards, sizes in ((["d/0.tar", "d/1.tar"], [3, 4]), (["d/0.tar", "d/1.tar"], [4, 3]), (["d/0.tar", "d/2.tar"], [3, 4])):
@@ -85,8 +91,13 @@ def test_no_index_and_a_damaged_one(tmp_path) -> None:
         ShardIndex.open(tmp_path, ["d/0.tar"])
     made(tmp_path, ["d/0.tar"], [3])
     whole = (tmp_path / SUMMARY).read_bytes()
-    (tmp_path / SUMMARY).write_bytes(whole[:100])
-    with pytest.raises(RecipeError, match="cannot be read"):
+    for damaged in (whole[:100], b"garbage", whole.replace(b"samples.npy", b"simples.npy")):
+        (tmp_path / SUMMARY).write_bytes(damaged)
+        with pytest.raises(RecipeError, match=r"shards.npz is damaged. Run python main.py index --shards d/0.tar --index .*kept"):
+            ShardIndex.open(tmp_path, ["d/0.tar"])
+    (tmp_path / SUMMARY).unlink()
+    (tmp_path / SUMMARY).mkdir()
+    with pytest.raises(RecipeError, match=r"shards.npz cannot be read: Is a directory"):
         ShardIndex.open(tmp_path, ["d/0.tar"])
 
 
