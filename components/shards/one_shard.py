@@ -83,6 +83,8 @@ class _ShardAudit:
             if isinstance(entry, Problem):
                 self.report(entry)
                 continue
+            if entry.name.rpartition("/")[2].startswith("."):  # as webdataset has it; macOS adds such files to archives
+                continue
             key, extension = split_name(entry.name)
             if self.members and (key != self.key or extension in self.members):
                 self.finish()

@@ -98,6 +98,17 @@ def test_names_that_lead_outside_extract_nothing(tmp_path) -> None:
     assert not Path("/etc/inside.jpg").exists()
 
 
+def test_files_that_begin_with_a_dot_are_none_of_a_sample(tmp_path) -> None:
+    """As webdataset has it; an archive made on macOS has one before each file."""
+    members = [entry for name, content in samples(3) for entry in ((f"._{name}", b"attributes"), (name, content))]
+    members = [(f"./{name}", content) for name, content in [*members, (".DS_Store", b"x")]]
+    found, rows, path = audited(tmp_path, tar(members))
+    assert found.counts == {}
+    assert [read_sample(Storage(), path, row) for row in rows] == [
+        (f"./{number:06d}", picture(number), f"caption {number}") for number in range(3)
+    ]
+
+
 def test_a_bomb_is_refused_by_its_header(tmp_path) -> None:
     found, _, _ = audited(tmp_path, hostile_shards.bomb())
     assert found.problems[0].key == "000000"
