@@ -32,6 +32,7 @@ from components.data.sources.folder import Folder
 from components.data.sources.llava import LlavaConversations
 from components.data.sources.question_answers import QuestionAnswers
 from components.errors import BadSample
+from components.shards.names import names_in_index
 from components.shards.rows import ShardIndex
 from components.shards.sample import Pair, read_sample
 from components.shards.storage import Storage
@@ -66,13 +67,18 @@ def find_overlaps(
     def read(shard: int, row: int) -> Pair:
         return read_sample(storage, index.names[shard], index.rows(shard)[row])
 
-    def compare(shard: int) -> list[Overlap]:
-        matches = search.matches(np.load(files.path(shard, "npy")), lambda row: read(shard, row).image)
-        keys = {row: read(shard, row).key for row in {match.row for match in matches}}
-        return [search.overlap(index.names[shard], keys[match.row], match) for match in matches]
+    names = names_in_index(index.names)  # the same wherever the shards lie
 
-    overlaps = [overlap for some in in_parallel(compare, range(len(index.names)), processes, "overlaps") for overlap in some]
-    numbers = {name: number for number, name in enumerate(index.names)}
+    def compare(shard: int) -> tuple[list[Overlap], set[int]]:
+        matches, found = search.matches(np.load(files.path(shard, "npy")), lambda row: read(shard, row).image)
+        keys = {row: read(shard, row).key for row in {match.row for match in matches}}
+        return [search.overlap(names[shard], keys[match.row], match) for match in matches], found
+
+    overlaps, seen = list[Overlap](), set[int]()
+    for some, found in in_parallel(compare, range(len(names)), processes, "overlaps"):
+        overlaps += some
+        seen |= found
+    numbers = {name: number for number, name in enumerate(names)}
     result = search.write(
         overlaps,
         lambda overlap: read(numbers[overlap.shard], overlap.row).image,
@@ -81,9 +87,12 @@ def find_overlaps(
         "filters: {{exclude: {}}}",
         pictures=int(index.sizes.sum()),
         unreadable=sum(known["unreadable"] for known in facts),
+        found=len(seen),
     )
-    keys = {(overlap.shard, overlap.key) for overlap in overlaps}
-    write_lines(result.without, (json.dumps({"shard": shard, "key": key}) for shard, key in sorted(keys)))
+    # the exact one of a sample last: it decides the kind
+    kinds = {(overlap.shard, overlap.key): overlap.kind for overlap in sorted(overlaps, key=lambda o: o.kind, reverse=True)}
+    lines = ({"shard": shard, "key": key, "kind": kind} for (shard, key), kind in sorted(kinds.items()))
+    write_lines(result.without, map(json.dumps, lines))
     return result
 
 
@@ -118,7 +127,7 @@ def find_overlaps_of_annotations(
     def read(row: int) -> bytes:
         return folder.read(names[row])
 
-    matches, unreadable = _matches(search, read, len(names), processes)
+    matches, unreadable, found = _matches(search, read, len(names), processes)
     overlaps, place = [], {}
     for match in matches:
         for number in named[names[match.row]]:
@@ -126,7 +135,7 @@ def find_overlaps_of_annotations(
             overlaps.append(search.overlap(str(annotations), key, match._replace(row=number)))
             place[overlaps[-1]] = match.row
     result = search.write(
-        overlaps, lambda overlap: read(place[overlap]), output, "kept.jsonl", "annotations: {}", len(names), unreadable
+        overlaps, lambda overlap: read(place[overlap]), output, "kept.jsonl", "annotations: {}", len(names), unreadable, found
     )
     dropped = {overlap.row for overlap in overlaps}
     write_lines(result.without, _lines_of(records, dropped))
@@ -157,7 +166,7 @@ def find_overlaps_of_dataset(
         record = int(np.searchsorted(ends, picture, side="right"))
         return whole.pictures(record)[picture - int(ends[record])]
 
-    matches, unreadable = _matches(search, read, int(ends[-1]), processes)
+    matches, unreadable, found = _matches(search, read, int(ends[-1]), processes)
     overlaps, place = [], {}
     for match in matches:
         record = int(np.searchsorted(ends, match.row, side="right"))
@@ -165,10 +174,11 @@ def find_overlaps_of_dataset(
         place[overlaps[-1]] = match.row
     pictures = int(ends[-1])
     result = search.write(
-        overlaps, lambda overlap: read(place[overlap]), output, "exclude.jsonl", "exclude: {}", pictures, unreadable
+        overlaps, lambda overlap: read(place[overlap]), output, "exclude.jsonl", "exclude: {}", pictures, unreadable, found
     )
-    rows = sorted({overlap.row for overlap in overlaps})
-    write_lines(result.without, (json.dumps({"shard": source.path, "row": row}) for row in rows))
+    kinds = {overlap.row: overlap.kind for overlap in sorted(overlaps, key=lambda o: o.kind, reverse=True)}
+    lines = ({"shard": whole.short_name, "row": row, "kind": kind} for row, kind in sorted(kinds.items()))
+    write_lines(result.without, map(json.dumps, lines))
     return result
 
 
@@ -182,16 +192,17 @@ def overlaps_of(source: Source, folders: list[Path], distance: int, output: Path
     return [f"{source.describe()}: its pictures are not compared with those of evaluations"]
 
 
-def _matches(search: Search, read: Callable[[int], bytes], num_pictures: int, processes: int) -> tuple[list[Match], int]:
-    """The matches of pictures that are read by their numbers, and how many of them cannot be decoded."""
+def _matches(search: Search, read: Callable[[int], bytes], num_pictures: int, processes: int) -> tuple[list[Match], int, int]:
+    """The matches of pictures that are read by their numbers, how many of them cannot be decoded, and how many are found."""
 
-    def compare(first: int) -> tuple[list[Match], int]:
+    def compare(first: int) -> tuple[list[Match], int, set[int]]:
         pictures = hash_pictures(_or_nothing(read, row) for row in range(first, min(first + HASHED_AT_ONCE, num_pictures)))
-        matches = search.matches(pictures, lambda row: read(first + row))
-        return [match._replace(row=first + match.row) for match in matches], int((~pictures["decoded"]).sum())
+        matches, found = search.matches(pictures, lambda row: read(first + row))
+        return [match._replace(row=first + match.row) for match in matches], int((~pictures["decoded"]).sum()), found
 
     parts = list(in_parallel(compare, range(0, num_pictures, HASHED_AT_ONCE), processes, "overlaps", f"{HASHED_AT_ONCE} pictures"))
-    return [match for matches, _ in parts for match in matches], sum(unreadable for _, unreadable in parts)
+    all_matches, unreadable, found = zip(*parts, strict=True) if parts else ((), (), ())
+    return [match for matches in all_matches for match in matches], sum(unreadable), len(set[int]().union(*found))
 
 
 def _lines_of(records: Annotations, dropped: set[int]) -> Iterator[str]:
@@ -208,8 +219,10 @@ def _hash_shard(index: ShardIndex, storage: Storage, shard: int) -> tuple[np.nda
 
 def _pictures_of_shard(index: ShardIndex, storage: Storage, shard: int) -> Iterator[bytes]:
     """The encoded pictures of a shard in the order of its rows, read in long pieces."""
-    index.check(shard, storage)
     rows, first = index.rows(shard), 0
+    if not len(rows):  # perhaps it cannot be read at all
+        return
+    index.check(shard, storage)
     starts = rows["image_offset"].astype(np.int64)
     ends = starts + rows["image_size"]
     while first < len(rows):

@@ -42,6 +42,7 @@ PICTURE = np.dtype([("digest", "<u8"), ("hash", "<u8"), ("decoded", "?")])
 HASHED_AT_ONCE = 256
 _MOST = 16  # overlaps that are listed of one training picture, nearest first
 _SHOWN = 60
+_MANY, _MANY_TIMES = 100, 10  # more near ones than this, and than so many times the exact ones, are doubtful
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Overlap:
     """A training picture that an evaluation asks about.
 
     Args:
-        shard: The shard, or the annotation file.
+        shard: The shard by its name in the index, or the annotation file.
         key: Key of the sample in the shard, or its id in the file.
         row: Row of the index, or number of the record in the file.
         picture: The evaluation's picture.
@@ -102,6 +103,11 @@ class Overlaps:
             f"{self.exact:,} exact, {self.near:,} near. {self.pictures:,} training pictures were compared.",
             f"All: {self.overlaps}. Some side by side: {self.page}. To train without them: {self.remedy}",
         ]
+        if self.near > _MANY and self.near > _MANY_TIMES * self.exact:
+            lines.append(
+                f"{self.near:,} near are many more than {self.exact:,} exact: drawings of one layout look alike. Look at "
+                f"{self.page}; a smaller --distance finds fewer."
+            )
         if self.unreadable:
             lines.append(f"{self.unreadable:,} training pictures cannot be decoded; their bytes alone were compared.")
         if self.broken:
@@ -126,22 +132,29 @@ class Search:
 
     def __init__(self, evaluation: EvaluationPictures, distance: int) -> None:
         self.evaluation = evaluation
-        self.table = HashTable(evaluation.hashes, distance)
+        # equal small pictures are compared once: of blank ones there may be thousands
+        flat = np.ascontiguousarray(evaluation.grays).reshape(-1).view(f"V{SIDE * SIDE}")
+        _, self.firsts, group = np.unique(flat, return_index=True, return_inverse=True)
+        self.groups = np.split(np.argsort(group, kind="stable"), np.cumsum(np.bincount(group))[:-1])
+        self.table = HashTable(evaluation.hashes[self.firsts], distance)
         starts = np.ascontiguousarray(evaluation.digests[:, :8]).view("<u8")[:, 0]
         self.order = np.argsort(starts, kind="stable")
         self.starts = starts[self.order]
 
-    def matches(self, pictures: np.ndarray, read: Callable[[int], bytes]) -> list[Match]:
-        """Hashed training pictures in, their matches out: what the hashes suggest is confirmed by the pictures themselves."""
+    def matches(self, pictures: np.ndarray, read: Callable[[int], bytes]) -> tuple[list[Match], set[int]]:
+        """Hashed training pictures in, their matches out: what the hashes suggest is confirmed by the pictures themselves.
+
+        Of each picture the nearest 16 are listed; the numbers of all evaluation pictures that are found come beside.
+        """
         evaluation = self.evaluation
         first = np.searchsorted(self.starts, pictures["digest"])
         last = np.searchsorted(self.starts, pictures["digest"], side="right")
         decoded = np.flatnonzero(pictures["decoded"])
         query, near, distances = self.table.search(pictures["hash"][decoded])
         candidates: dict[int, list[tuple[int, int]]] = {int(row): [] for row in np.flatnonzero(last > first)}
-        for row, found, distance in zip(decoded[query].tolist(), near.tolist(), distances.tolist(), strict=True):
-            candidates.setdefault(row, []).append((found, distance))
-        matches = []
+        for row, group, distance in zip(decoded[query].tolist(), near.tolist(), distances.tolist(), strict=True):
+            candidates.setdefault(row, []).append((distance, group))
+        matches, groups, all_found = list[Match](), set[int](), set[int]()
         for row, others in sorted(candidates.items()):
             data = read(row)
             digest = np.frombuffer(hashlib.sha256(data).digest(), dtype=np.uint8)
@@ -149,13 +162,18 @@ class Search:
                 int(found) for found in self.order[first[row] : last[row]] if np.array_equal(evaluation.digests[found], digest)
             ]
             of_row = [Match(row, found, "exact", 0) for found in equal]
-            others = sorted((distance, found) for found, distance in others if found not in equal)
             if others:
+                others.sort()
                 gray = np.broadcast_to(picture_gray(data), (len(others), SIDE, SIDE))
-                alike = same_picture(gray, evaluation.grays[[found for _, found in others]])
-                of_row += [Match(row, found, "near", distance) for (distance, found), yes in zip(others, alike, strict=True) if yes]
+                alike = same_picture(gray, evaluation.grays[self.firsts[[group for _, group in others]]])
+                for (distance, group), yes in zip(others, alike, strict=True):
+                    if yes:
+                        groups.add(group)
+                        near_ones = self.groups[group][: _MOST + len(equal)].tolist()
+                        of_row += [Match(row, found, "near", distance) for found in near_ones if found not in equal]
+            all_found.update(equal)
             matches += of_row[:_MOST]
-        return matches
+        return matches, all_found.union(*(self.groups[group].tolist() for group in groups))
 
     def overlap(self, shard: str, key: str, match: Match) -> Overlap:
         """A match with names."""
@@ -170,6 +188,7 @@ class Search:
         remedy: str,
         pictures: int,
         unreadable: int,
+        found: int,
     ) -> Overlaps:
         """Write what was found, and a page of those that are least alike.
 
@@ -181,6 +200,7 @@ class Search:
             remedy: How the source of the recipe names that file, with {} for its path.
             pictures: Training pictures that were compared.
             unreadable: Those that could not be decoded.
+            found: Evaluation pictures of which there is a copy, listed or not.
         """
         overlaps = sorted(
             overlaps, key=lambda overlap: (overlap.shard, overlap.row, overlap.kind, overlap.distance, overlap.picture)
@@ -196,7 +216,7 @@ class Search:
             unreadable=unreadable,
             exact=kinds["exact"],
             near=kinds["near"],
-            found=len({overlap.picture for overlap in overlaps}),
+            found=found,
             overlaps=output / "overlaps.jsonl",
             page=output / "overlaps.html",
             without=output / without,

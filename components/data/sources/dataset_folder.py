@@ -38,9 +38,10 @@ class HuggingFaceDataset(Source):
         images: Folder that paths of pictures are relative to, where records hold paths; null: the dataset's own.
         follow_links: Whether links inside that folder may lead out of it.
         exclude: File of `python main.py index --against`, with the records that evaluations ask about: they are left out.
-        weight: Relative weight in the mixture, > 0; null where `epochs` or `samples` says how much is drawn.
-        epochs: How often a run draws each of its samples, > 0, instead of a weight.
-        samples: How many samples a run draws from it, >= 1, instead of a weight.
+        weight: Relative weight in the mixture, >= 0; 0 is not drawn before `data.weight_changes` says so. Null where `epochs` or
+            `samples` says how much is drawn.
+        epochs: How often a run draws each of its samples, > 0, instead of a weight; to a thousandth of the run.
+        samples: How many samples a run draws from it, >= 1, instead of a weight; to a thousandth of the run.
         validation_fraction: Share of the pictures that is never trained on and gives `val/loss`, in [0, 1). All pictures are
             looked at for it at each start.
         overrides: What it prepares otherwise than the rest.
@@ -81,7 +82,7 @@ class HuggingFaceDataset(Source):
         self.folder = Folder(str(folder), self.path, self.follow_links) if folder else None
         self.kept = np.arange(len(self.rows))
         if self.exclude:
-            self.kept = np.setdiff1d(self.kept, _excluded(self.exclude))
+            self.kept = np.setdiff1d(self.kept, _excluded(self.exclude, self.short_name, len(self.rows)))
         self.text_bytes = self._of_rows(self.layout.text, _text_bytes)[self.kept]
         self.num_pictures = np.zeros(len(self.kept), dtype=np.int64)
         if self.layout.pictures:
@@ -134,7 +135,12 @@ class HuggingFaceDataset(Source):
         ends = [str(self._value(row, self.layout.text)) for row in (0, len(self.kept) - 1)]
         digest = hashlib.blake2b(self.kept.tobytes() + self.text_bytes.tobytes() + self.num_pictures.tobytes(), digest_size=8)
         digest.update("".join(ends).encode(errors="surrogatepass"))
-        return f"{Path(self.path).name}:{self.split}:{len(self.kept)}:{digest.hexdigest()}"
+        return f"{self.short_name}:{len(self.kept)}:{digest.hexdigest()}"
+
+    @property
+    def short_name(self) -> str:
+        """Folder or file and split, the same wherever it lies."""
+        return f"{Path(self.path).name}:{self.split}"
 
     def id(self, index: int) -> str:
         """The id of the record at an index; its row where it has none."""
@@ -174,13 +180,22 @@ class HuggingFaceDataset(Source):
             yield "\0".join(found) if found else f"row {row}"
 
 
-def _excluded(path: str) -> list[int]:
+def _excluded(path: str, name: str, num_rows: int) -> list[int]:
+    remedy = "Write it for this dataset: python main.py index --config RECIPE --against FOLDER."
+    rows = []
     try:
-        return [json.loads(line)["row"] for line in Path(path).read_text().splitlines()]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RecipeError(
-            f"{path} (exclude) is no list of records: {error}. Write it with python main.py index --config RECIPE --against FOLDER."
-        ) from error
+        for line in Path(path).read_text().splitlines():
+            record = json.loads(line)
+            shard, row = record["shard"], record["row"]
+            if shard != name or type(row) is not int or not 0 <= row < num_rows:
+                raise RecipeError(
+                    f"{path} (exclude) excludes row {row!r} of {shard!r}; this dataset is {name!r}, with rows 0 to {num_rows - 1}. "
+                    f"{remedy}"
+                )
+            rows.append(row)
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError) as error:
+        raise RecipeError(f"{path} (exclude) is no list of records: {error}. {remedy}") from error
+    return rows
 
 
 def _load(path: str, split: str | None) -> Dataset:

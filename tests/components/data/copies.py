@@ -40,7 +40,7 @@ def write_evaluation(folder: Path) -> Path:
     (folder / "3.PNG").write_bytes(encoded(photograph(3), "PNG"))
     (folder / "4.webp").write_bytes(encoded(photograph(4), "WEBP"))
     (folder / "questions.json").write_text("[]")
-    (folder / "broken.jpg").write_bytes(jpeg(9)[:500])
+    (folder / "broken.jpg").write_bytes(jpeg(9)[:1000])
     with zipfile.ZipFile(folder / "val.zip", "w") as archive:
         archive.writestr("val/5.jpg", jpeg(5))
         archive.writestr("val/6.jpg", jpeg(6))

@@ -5,6 +5,7 @@ import io
 import json
 import tarfile
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -20,15 +21,14 @@ from components.data.decontamination import (
     find_overlaps_of_dataset,
     overlaps_of,
 )
+from components.data.evaluation_pictures import read_evaluation_pictures
 from components.data.filters import DROPPED, TRAIN, Filters, Select
-from components.data.overlaps import PICTURE, hash_pictures
+from components.data.overlaps import PICTURE, Search, hash_pictures
 from components.data.sources import HuggingFaceDataset, QuestionAnswers
 from components.errors import RecipeError
-from components.shards.names import names_in_index
-from components.shards.rows import ROW, Audit, ShardIndex, write_shard, write_summary
-from components.shards.sample import hash_key, split_name
+from components.shards.audit import audit
+from components.shards.rows import ShardIndex
 from components.shards.storage import Storage
-from components.shards.tar import Member, walk
 from tests.components.data.copies import encoded, jpeg, photograph, small, write_evaluation
 from tests.components.data.small_data import shapes
 
@@ -49,32 +49,12 @@ def write_tar(path: Path, pictures: dict[str, bytes]) -> None:
                 archive.addfile(member, io.BytesIO(content))
 
 
-def rows_of(path: Path) -> np.ndarray:
-    members = [
-        entry
-        for entry in walk(lambda at, size: STORAGE.read(str(path), at, size), path.stat().st_size)
-        if isinstance(entry, Member)
-    ]
-    rows = np.zeros(len(members) // 2, ROW)
-    for row, image, text in zip(rows, members[::2], members[1::2], strict=True):
-        row["image_offset"], row["image_size"] = image.offset, image.size
-        row["text_offset"], row["text_size"] = text.offset - image.offset, text.size
-        row["key"] = hash_key(split_name(image.name)[0])
-        row["flags"] = (image.offset - image.header) // 512 << 8
-    return rows
-
-
 def indexed(folder: Path, shards: list[dict[str, bytes]]) -> ShardIndex:
-    paths = [folder / f"{number:05d}.tar" for number in range(len(shards))]
-    audits = []
-    for path, pictures, name in zip(paths, shards, names_in_index([str(path) for path in paths]), strict=True):
-        write_tar(path, pictures)
-        rows, stat = rows_of(path), path.stat()
-        digest = hashlib.blake2b(rows.tobytes(), digest_size=16).hexdigest()
-        audits.append(Audit(name, str(path), stat.st_size, str(stat.st_mtime_ns), len(rows), digest))
-        write_shard(folder / "index", audits[-1], rows)
-    write_summary(folder / "index", audits)
-    return ShardIndex.open(folder / "index", [str(path) for path in paths])
+    paths = [str(folder / f"{number:05d}.tar") for number in range(len(shards))]
+    for path, pictures in zip(paths, shards, strict=True):
+        write_tar(Path(path), pictures)
+    audit(paths, folder / "index", 1, progress=False, storage=STORAGE)
+    return ShardIndex.open(folder / "index", paths)
 
 
 def records(path: Path) -> list[dict]:
@@ -90,7 +70,7 @@ LONG = "a/" + "very_long_name_" * 10
 
 def test_copies_in_shards_are_found_and_listed(tmp_path, evaluation):
     shards = [
-        {"0000": jpeg(0), "0001": jpeg(7), "0002": small(3), "0003": jpeg(8)[:400]},
+        {"0000": jpeg(0), "0001": jpeg(7), "0002": small(3), "0003": jpeg(8)[:1000]},
         {"1000": jpeg(8), LONG: small(5), "1002": jpeg(6), "1003": encoded(photograph(10), "PNG")},
     ]
     index = indexed(tmp_path, shards)
@@ -107,7 +87,8 @@ def test_copies_in_shards_are_found_and_listed(tmp_path, evaluation):
         str(evaluation / "val.zip/val/empty.jpg"),
     ]
     assert records(found.without) == [
-        {"shard": index.names[shard], "key": key} for shard, key in ((0, "0000"), (0, "0002"), (1, "1002"), (1, LONG))
+        {"shard": f"0000{shard}", "key": key, "kind": kind}
+        for shard, key, kind in ((0, "0000", "exact"), (0, "0002", "near"), (1, "1002", "exact"), (1, LONG, "near"))
     ]
     filters = Filters(exclude=str(found.without))
     used = [Select(index, filters, 0.0, STORAGE)(shard)[0].tolist() for shard in range(2)]
@@ -122,7 +103,9 @@ def test_copies_in_shards_are_found_and_listed(tmp_path, evaluation):
 
 
 def test_broken_pictures_of_equal_bytes_are_not_looked_for(tmp_path, evaluation):
-    found = find_overlaps(indexed(tmp_path, [{"0": jpeg(9)[:500], "1": b""}]), STORAGE, [evaluation], 8, tmp_path / "out", 1)
+    found = find_overlaps(
+        indexed(tmp_path, [{"0": jpeg(9)[:1000], "1": jpeg(8)[:1000]}]), STORAGE, [evaluation], 8, tmp_path / "out", 1
+    )
     assert (found.exact, found.near, found.unreadable, found.pictures) == (0, 0, 2, 2)
     assert found.overlaps.read_text() == found.without.read_text() == ""
 
@@ -173,7 +156,8 @@ def test_a_shard_that_changed_is_refused(tmp_path, evaluation):
 
 
 def test_a_long_shard_is_read_in_pieces(tmp_path, monkeypatch):
-    pictures = {str(number): bytes([number]) * (number * 97 % 700) for number in range(40)}
+    tiny = encoded(Image.new("RGB", (8, 8)))
+    pictures = {str(number): tiny + bytes([number]) * (number * 97 % 700) for number in range(40)}
     index = indexed(tmp_path, [pictures])
     for piece in (1, 1500, 10**9):
         monkeypatch.setattr(decontamination, "_READ_AT_ONCE", piece)
@@ -243,6 +227,14 @@ def test_copies_in_a_dataset_are_found_and_left_out(tmp_path, evaluation):
     source.setup()
     assert without.fingerprint() != source.fingerprint()
     assert find_overlaps_of_dataset(without, [evaluation], 8, tmp_path / "again", 1).exact == 1
+    assert records(found.without) == [
+        {"shard": "saved:None", "row": 1, "kind": "near"},
+        {"shard": "saved:None", "row": 4, "kind": "exact"},
+    ]
+    for row, shard in ((5, "saved:None"), (-1, "saved:None"), (True, "saved:None"), (1.0, "saved:None"), (1, "saved:train")):
+        found.without.write_text(json.dumps({"shard": shard, "row": row}))
+        with pytest.raises(RecipeError, match=rf"excludes row {row} of '{shard}'; this dataset is 'saved:None', with rows 0 to 4"):
+            without.setup()
     found.without.write_text("nothing")
     with pytest.raises(RecipeError, match=r"exclude\.jsonl \(exclude\) is no list of records"):
         without.setup()
@@ -273,6 +265,33 @@ def test_nearly_uniform_pictures_overlap_only_with_their_like(tmp_path):
     assert triples(found, folder) == [("white", "white.png", "near")]
 
 
+def test_many_that_are_only_near_are_warned_of(tmp_path):
+    found = Overlaps(9, [], 999, 0, 10, 101, 5, *[tmp_path] * 3, "")
+    assert "101 near are many more than 10 exact" in "\n".join(found.lines())
+    for exact, near in ((11, 101), (0, 100)):
+        assert "many more" not in "\n".join(replace(found, exact=exact, near=near).lines())
+
+
+def test_many_equal_pictures_are_compared_once(tmp_path):
+    """As blank ones, of which an evaluation and a shard may both have thousands."""
+    folder = tmp_path / "evaluation"
+    folder.mkdir()
+    for number in range(300):
+        Image.new("L", (8 + number % 9, 8 + number % 7), 255).save(folder / f"{number}.png")
+    search = Search(read_evaluation_pictures([folder], 1), 8)
+    assert len(search.table.hashes) == 1
+    blank = encoded(Image.new("RGB", (50, 40), (255, 255, 255)))
+    matches, found = search.matches(hash_pictures(iter([blank] * 300)), lambda row: blank)
+    assert len(matches) == 300 * 16
+    assert found == set(range(300))
+
+
+def test_a_shard_that_cannot_be_read_ends_no_search(tmp_path, evaluation):
+    index = indexed(tmp_path, [{"0": jpeg(0)}, {}])
+    (tmp_path / "00001.tar").unlink()
+    assert find_overlaps(index, STORAGE, [evaluation], 8, tmp_path / "out", 1).exact == 1
+
+
 def test_overlaps_of_one_picture_are_cut_off(tmp_path, monkeypatch):
     monkeypatch.setattr(overlaps, "_MOST", 3)
     folder = tmp_path / "evaluation"
@@ -281,4 +300,5 @@ def test_overlaps_of_one_picture_are_cut_off(tmp_path, monkeypatch):
         (folder / f"{quality}.jpg").write_bytes(jpeg(0, quality))
     found = find_overlaps(indexed(tmp_path, [{"0": jpeg(0, 80)}]), STORAGE, [folder], 8, tmp_path / "out", 1)
     assert len(triples(found, folder)) == 3
+    assert found.found == 5  # all count
     assert ("0", "80.jpg", "exact") in triples(found, folder)

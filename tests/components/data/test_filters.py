@@ -92,10 +92,32 @@ def test_what_a_blocklist_cannot_judge_is_dropped(tmp_path):
 
 def test_excluded_keys(shards, tmp_path):
     made, index = shards
-    lines = [{"shard": index.names[2], "key": made[2][5].key, "distance": 0}, {"shard": index.names[0], "key": made[2][6].key}]
-    (tmp_path / "overlaps.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    expected = [[(shard, place) != (2, 5) for place in range(len(made[shard]))] for shard in range(3)]
-    assert kept(index, Filters(exclude=str(tmp_path / "overlaps.jsonl"))) == expected
+    file = tmp_path / "exclude.jsonl"
+    lines = [{"shard": "00002", "key": made[2][5].key, "kind": "near"}, {"shard": "00000", "key": made[0][6].key}]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    expected = [[(shard, place) not in ((2, 5), (0, 6)) for place in range(len(made[shard]))] for shard in range(3)]
+    assert kept(index, Filters(exclude=str(file))) == expected
+
+
+def test_shards_that_moved_are_excluded_alike(shards, tmp_path, monkeypatch):
+    """By their names in the index: however the path to them is spelled."""
+    made, _ = shards
+    file = tmp_path / "exclude.jsonl"
+    file.write_text(json.dumps({"shard": "00002", "key": made[2][5].key}))
+    monkeypatch.chdir(tmp_path)
+    index = ShardIndex.open("index", expand("shards/*.tar"))
+    assert sum(map(sum, kept(index, Filters(exclude="exclude.jsonl")))) == sum(map(len, made)) - 1
+
+
+@pytest.mark.parametrize(
+    ("shard", "key", "said"),
+    [("00007", "x", "shard 00007"), ("00001", "x", "1 of 1 keys .* shard 00001"), (["00001"], "x", "line 1")],
+    ids=str,
+)
+def test_what_is_excluded_must_be_there(shards, tmp_path, shard, key, said):
+    (tmp_path / "exclude.jsonl").write_text(json.dumps({"shard": shard, "key": key}))
+    with pytest.raises(RecipeError, match=rf"exclude\.jsonl.*{said}"):
+        kept(shards[1], Filters(exclude=str(tmp_path / "exclude.jsonl")))
 
 
 def test_every_sample_is_counted_once(shards):
