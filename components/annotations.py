@@ -52,7 +52,7 @@ class Annotations:
         text = self._data[start:end]
         try:
             record = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadSample(
                 f"{self.where(index)} is not valid JSON: {error}.\n    {_excerpt(text)}\n"
                 "The file may be truncated: fetch it again, or repair or remove the line."

@@ -38,11 +38,38 @@ def encode(
         BadSample: Turns do not alternate, placeholders and pictures differ in number, or no answer has any text.
         RecipeError: The template is unknown or does not suit the tokenizer.
     """
-    ids, labels = _encode(turns, num_images, tokenizer, template, [image_token_id] * tokens_per_image)
+    ids, labels, _ = encode_within(turns, num_images, tokenizer, template, tokens_per_image, image_token_id, max_length=None)
+    return ids, labels
+
+
+def encode_within(
+    turns: Sequence[Turn],
+    num_images: int,
+    tokenizer: Tokenizer,
+    template: str,
+    tokens_per_image: int,
+    image_token_id: int,
+    max_length: int | None,
+) -> tuple[Int64[np.ndarray, " tokens"], Int64[np.ndarray, " tokens"], bool]:
+    """As `encode`, with the last rounds of question and answer dropped until the rest fits, and whether any were.
+
+    The arguments are those of `encode`, and the most tokens that there may be; None for as many as there are.
+
+    Raises:
+        BadSample: As `encode`, or the rounds up to the last picture are longer than `max_length`.
+    """
+    ids, labels, ends = _encode(turns, num_images, tokenizer, template, [image_token_id] * tokens_per_image)
+    truncated = max_length is not None and len(ids) > max_length
+    if truncated:  # a row is written from left to right: what comes later changes nothing of what stands there
+        last_picture = max((number for number, turn in enumerate(turns) if IMAGE_PLACEHOLDER in turn.text), default=0)
+        fitting = [end for number, end in enumerate(ends) if end <= max_length and number >= last_picture // 2]
+        if not fitting:
+            raise BadSample(f"longer than data.max_length = {max_length} tokens even without its last turns. Raise max_length.")
+        ids, labels = ids[: fitting[-1]], labels[: fitting[-1]]
     targets = np.array(labels, dtype=np.int64)
     if (targets == IGNORE_INDEX).all():
         raise BadSample("There is nothing to learn: no turn of the assistant has any text. Remove the sample.")
-    return np.array(ids, dtype=np.int64), targets
+    return np.array(ids, dtype=np.int64), targets, truncated
 
 
 def encode_prompt(
@@ -63,19 +90,21 @@ def encode_prompt(
     """
     if not turns or turns[-1].role != "user":
         raise BadSample("A prompt must end with a turn of the user.")
-    ids, _ = _encode(turns, num_images, tokenizer, template, [image_token_id] * tokens_per_image)
+    ids, _, _ = _encode(turns, num_images, tokenizer, template, [image_token_id] * tokens_per_image)
     return np.array(ids, dtype=np.int64)
 
 
 def _encode(
     turns: Sequence[Turn], num_images: int, tokenizer: Tokenizer, template_name: str, image_slots: list[int]
-) -> tuple[list[int], list[int]]:
+) -> tuple[list[int], list[int], list[int]]:
+    """Token ids, labels, and where each whole round of question and answer ends."""
     template = resolve_template(template_name, tokenizer)
     _check_turns(turns, num_images)
     if len(turns) > 2 and not template.later:
         raise BadSample(f"Template {template_name} takes one question and one answer; the conversation has {len(turns)} turns.")
     ids: list[int] = []
     labels: list[int] = []
+    ends: list[int] = []
 
     def add(new_ids: Sequence[int], supervised: bool = False) -> None:
         ids.extend(new_ids)
@@ -103,7 +132,8 @@ def _encode(
             new_ids = ids_continuing(tokenizer, answer, before_answer) if before_answer else ids_at_start(tokenizer, answer)
             add(new_ids, supervised=True)
             add(ids_of(tokenizer, end), supervised=bool(answer))  # the end of an empty answer would teach to say nothing
-    return ids, labels
+            ends.append(len(ids))
+    return ids, labels, ends
 
 
 def _check_turns(turns: Sequence[Turn], num_images: int) -> None:

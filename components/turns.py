@@ -30,12 +30,16 @@ def check_text(text: str) -> None:
     """A text that no model should read is refused before it is tokenized.
 
     Raises:
-        BadSample: It has more than 100,000 characters, or a NUL character.
+        BadSample: It has more than 100,000 characters, a NUL character, or half of a surrogate pair.
     """
     if len(text) > MAX_CHARACTERS:
         raise BadSample(f"A text of {len(text):,} characters is longer than the {MAX_CHARACTERS:,} allowed: {text[:40]!r}...")
     if "\0" in text:
         raise BadSample(f"A text has a NUL character at position {text.index(chr(0))}: {text[:40]!r}.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON may escape half a character
+        raise BadSample(f"A text has half of a surrogate pair at position {error.start}: {text[:40]!a}.") from error
 
 
 def parse_llava(record: dict[str, Any]) -> tuple[list[Turn], list[str]]:

@@ -1,7 +1,6 @@
 """InstructionData: weighted sources in, packed micro-batches out, in an order that depends on nothing but seed and position."""
 
 import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ from components.batch import Batch, pack
 from components.data.micro_batches import FromStep, MicroBatches, TrainBatches, ValidationBatches
 from components.data.order import BLOCK, Mixture, Shards
 from components.data.preparation import Preparation, null_document
+from components.data.quarantine import Quarantine
+from components.data.rank_views import check_ranks_agree
 from components.data.shares import segments_of
 from components.data.sources import Source
 from components.data.token_lengths import Measure, open_lengths
@@ -23,8 +24,6 @@ from components.images import Decoding, SquareMode
 from components.tokenizer import load_tokenizer
 
 QUARANTINE = "quarantine.jsonl"
-MIN_DRAWN = 1000
-"""The share of bad samples is taken of at least so many: a few at the beginning are no verdict on a source."""
 _ORDER_VERSION = 2
 """Of the rule by which a slot has its sample; a run continues by the rule that it began with, or not at all."""
 
@@ -83,7 +82,6 @@ class InstructionData(LightningDataModule):
         self.weight_changes = weight_changes or {}
         self.num_workers = num_workers
         self.preparation = Preparation(template, decoding, image_mode, max_length, fast_images)
-        self.bad_samples: set[tuple[str, str]] = set()
 
     @property
     def validation_names(self) -> list[str]:
@@ -113,8 +111,18 @@ class InstructionData(LightningDataModule):
                 f"data.global_batch_size = {self.global_batch_size} is not a multiple of {trainer.world_size} ranks x "
                 f"{self.micro_batches} accumulated micro-batches = {smallest}. Change one of the three."
             )
-        self.quarantine = Path(trainer.log_dir or ".") / QUARANTINE  # log_dir talks to all ranks; a bad sample is one rank's
-        self.bad_samples = self._known_bad_samples()
+        file = Path(trainer.log_dir or ".") / QUARANTINE  # log_dir talks to all ranks; a bad sample is one rank's
+        self.quarantine = Quarantine(file, trainer.global_rank, trainer.world_size, self.max_bad_fraction)
+        problem = None
+        try:
+            self._open()
+        except RecipeError as error:
+            problem = str(error)
+        check_ranks_agree(problem, {} if problem else self._view())
+        if stage == "fit":
+            self._announce()
+
+    def _open(self) -> None:
         for name, source in self.sources.items():
             try:
                 source.setup()
@@ -124,8 +132,11 @@ class InstructionData(LightningDataModule):
             source.measured = open_lengths(Measure(source, preparation, self.tokenizer, self.layout))
         self.mixture = self.mix()
         self.order = self._order()
-        if stage == "fit":
-            self._announce()
+
+    def _view(self) -> dict[str, Any]:
+        """What must be the same on all ranks, so that each of them deals the same samples to the same hands."""
+        lengths = {name: "estimated" if source.measured is None else "measured" for name, source in self.sources.items()}
+        return self.order | {"shares": self._shares()} | {f"lengths of data.sources.{name}": of for name, of in lengths.items()}
 
     def mix(self) -> Mixture:
         """The order of the samples; needs the sources set up.
@@ -172,27 +183,12 @@ class InstructionData(LightningDataModule):
         """Write down the samples that could not be used, stop when they are too many."""
         if isinstance(batch, RecipeError):
             raise batch
-        for name, reason in batch.bad_samples:
-            if (name, reason) in self.bad_samples:  # known from an earlier epoch or validation
-                continue
-            self.bad_samples.add((name, reason))
-            self._write_down(name, reason)
-            bad = sum(source == name for source, _ in self.bad_samples)
-            drawn = int(self.mixture.drawn(self.trainer.global_step * self.global_batch_size)[list(self.sources).index(name)])
-            drawn = max(MIN_DRAWN, drawn // self.trainer.world_size)
-            if bad > self.max_bad_fraction * drawn:
-                raise RecipeError(
-                    f"{reason}\n({bad} bad samples of {drawn} of data.sources.{name} on this rank, data.max_bad_fraction = "
-                    f"{self.max_bad_fraction:g} allowed; all are listed in {self.quarantine}. Mend or remove them, or raise it "
-                    "to skip such samples)"
-                )
+        if batch.bad_samples:
+            step = self.trainer.global_step
+            drawn = dict(zip(self.sources, self.mixture.drawn(step * self.global_batch_size).tolist(), strict=True))
+            for name, reason in batch.bad_samples:
+                self.quarantine.add(name, reason, step, drawn[name])
         return batch
-
-    def _write_down(self, source: str, reason: str) -> None:
-        entry = {"step": self.trainer.global_step, "rank": self.trainer.global_rank, "source": source, "reason": reason}
-        self.quarantine.parent.mkdir(parents=True, exist_ok=True)
-        with self.quarantine.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
 
     def state_dict(self) -> dict[str, Any]:
         """What decides the order, and the position in it."""
@@ -217,13 +213,6 @@ class InstructionData(LightningDataModule):
                 + "\nRestore the data, or start a new run with --run NAME and model.initial_weights. "
                 f"Weights may change from here on: data.weight_changes with a step of {step:,} or later."
             )
-
-    def _known_bad_samples(self) -> set[tuple[str, str]]:
-        """What this rank has written down before the run was interrupted."""
-        if not self.quarantine.is_file():
-            return set()
-        entries = [json.loads(line) for line in self.quarantine.read_text(encoding="utf-8").splitlines()]
-        return {(entry["source"], entry["reason"]) for entry in entries if entry["rank"] == self.trainer.global_rank}
 
     def _order(self) -> dict[str, Any]:
         # the mixture knows the sources by their places

@@ -8,9 +8,9 @@ from transformers import PreTrainedTokenizerBase
 
 from components.batch import IGNORE_INDEX, Document, SampleFormat
 from components.chat_template import resolve_template
-from components.conversation import encode, encode_prompt
+from components.conversation import encode_prompt, encode_within
 from components.data.sources import Overrides, Sample
-from components.errors import BadSample, RecipeError
+from components.errors import RecipeError
 from components.images import Decoding, SquareMode, square
 from components.turns import Turn, check_text
 
@@ -57,16 +57,10 @@ class Preparation:
         """
         for turn in turns:
             check_text(turn.text)
-        kept = turns
-        while True:
-            ids, labels = encode(kept, num_images, tokenizer, self.template, layout.tokens_per_image, layout.image_token_id)
-            if len(ids) <= self.max_length:
-                return ids, labels, len(kept) < len(turns)
-            kept = kept[: len(kept) - 1 - (kept[-1].role == "assistant")]
-            if not kept or sum(turn.text.count("<image>") for turn in kept) != num_images:
-                raise BadSample(
-                    f"longer than data.max_length = {self.max_length} tokens even without its last turns. Raise max_length."
-                )
+
+        return encode_within(
+            turns, num_images, tokenizer, self.template, layout.tokens_per_image, layout.image_token_id, self.max_length
+        )
 
     def try_out(self, tokenizer: PreTrainedTokenizerBase, layout: SampleFormat) -> None:
         """A template that does not suit the tokenizer shows here, not in a worker at the first sample.
@@ -107,7 +101,8 @@ class Preparation:
     def pixels(self, images: list[bytes], layout: SampleFormat) -> np.ndarray:
         """Decoded square pictures, uint8 [images, 3, size, size]."""
         squares = [
-            square(image, layout.image_size, self.image_mode, layout.image_mean, self.decoding, self.fast_images) for image in images
+            square(image, layout.image_size, self.image_mode, layout.image_mean, self.decoding, self.fast_images)
+            for image in images
         ]
         if len(squares) == 1:  # nearly always: without a copy
             return squares[0][None]
@@ -116,7 +111,7 @@ class Preparation:
 
 def null_document(layout: SampleFormat, tokenizer: PreTrainedTokenizerBase, sample_id: str) -> Document:
     """A document of one token, without pictures and with nothing supervised: takes the place of a sample that cannot be used."""
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    start = next((number for number in (tokenizer.bos_token_id, tokenizer.eos_token_id) if number is not None), 0)
     return Document(
         sample_id,
         np.array([start], dtype=np.int64),

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from components.data.order import Segment
+from components.data.order import BLOCK, Segment
 from components.data.sources import Source
 from components.errors import RecipeError
 
@@ -16,7 +16,7 @@ def segments_of(
 ) -> list[Segment]:
     """Sources and changes of their weights in, the segments of the mixture out.
 
-    Epochs and numbers of samples take their share of the whole run; weights share the rest.
+    Epochs and numbers of samples take their share of the whole run, to a thousandth of it; weights share the rest.
 
     Args:
         sources: The sources by name.
@@ -35,8 +35,13 @@ def segments_of(
         _check_amounts(amounts, bool(weights), max_steps, global_batch_size)
     segments = [Segment(0, _shares(sources, amounts, weights, total))]
     for step, changed in sorted(weight_changes.items()):
-        if step < 1:
-            raise RecipeError(f"data.weight_changes: step {step} must be at least 1; sources state the weights of the beginning.")
+        if step < 1 or (0 < max_steps <= step):
+            raise RecipeError(
+                f"data.weight_changes: step {step} must be at least 1, since sources state the weights of the beginning, and below "
+                f"max_steps = {max_steps:,}."
+            )
+        if not changed:
+            raise RecipeError(f"data.weight_changes: {step} names no source. Name one with its weight, or remove the step.")
         for name, weight in changed.items():
             if name not in sources:
                 raise RecipeError(f"data.weight_changes: {step}: there is no source {name}. Sources: {', '.join(sources)}.")
@@ -59,6 +64,14 @@ def _check_amounts(amounts: Mapping[str, float], others: bool, max_steps: int, g
     asked, drawn = sum(amounts.values()), max_steps * global_batch_size
     steps = round(asked / global_batch_size)
     told = f"data.sources: {', '.join(amounts)} ask for {asked:,.0f} samples by their epochs and samples, {steps:,} steps;"
+    for name, amount in amounts.items():
+        drawable = round(amount / drawn * BLOCK) * drawn / BLOCK
+        if abs(drawable - amount) > 0.02 * amount:
+            raise RecipeError(
+                f"data.sources.{name} asks for {amount:,.0f} samples by its epochs or samples. Shares are thousandths of the run, "
+                f"here of {drawn:,} samples, so it would give {drawable:,.0f}. Ask for a multiple of {drawn / BLOCK:,.0f}, or "
+                "give a weight."
+            )
     if others and asked >= drawn:
         raise RecipeError(f"{told} max_steps = {max_steps:,} leaves nothing for the sources with weights. Raise max_steps.")
     if not others and abs(steps - max_steps) > 0.01 * max_steps:
@@ -71,4 +84,6 @@ def _shares(
     if not amounts:
         return tuple(weights[name] for name in sources)
     rest, of_weights = total - sum(amounts.values()), sum(weights.values())
+    if weights and not of_weights:
+        raise RecipeError(f"data: all weights are 0 ({', '.join(weights)}). Give one of them a weight above 0.")
     return tuple(amounts[name] / total if name in amounts else weights[name] / of_weights * rest / total for name in sources)

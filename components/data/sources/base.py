@@ -56,9 +56,10 @@ class Source(ABC):
     """Where samples come from, with their share of the mixture.
 
     Args:
-        weight: Relative weight in the mixture, > 0; null where `epochs` or `samples` says how much is drawn.
-        epochs: How often a run draws each of its samples, > 0, instead of a weight.
-        samples: How many samples a run draws from it, >= 1, instead of a weight.
+        weight: Relative weight in the mixture, >= 0; 0 is not drawn before `data.weight_changes` says so. Null where `epochs` or
+            `samples` says how much is drawn.
+        epochs: How often a run draws each of its samples, > 0, instead of a weight; to a thousandth of the run.
+        samples: How many samples a run draws from it, >= 1, instead of a weight; to a thousandth of the run.
         validation_fraction: Share of the pictures that is never trained on and gives `val/loss`, in [0, 1).
         overrides: What it prepares otherwise than the rest.
     """
@@ -82,9 +83,9 @@ class Source(ABC):
     ) -> None:
         amounts = {"weight": weight, "epochs": epochs, "samples": samples}
         stated = {name: amount for name, amount in amounts.items() if amount is not None}
-        if len(stated) != 1 or min(stated.values()) <= 0:
+        if len(stated) != 1 or min(stated.values()) < 0 or (weight is None and min(stated.values()) == 0):
             raise RecipeError(
-                "data.sources: each source states one of weight, epochs and samples, above 0, and null for the others; "
+                "data.sources: each source states a weight of at least 0, or epochs or samples above 0, and null for the others; "
                 f"one has {', '.join(f'{name}: {amount}' for name, amount in amounts.items())}."
             )
         if not 0 <= validation_fraction < 1:

@@ -11,7 +11,11 @@ from components.attempts import WAITS, attempts
 from components.errors import BadSample, RecipeError
 from components.images import MAX_BYTES
 
-_PASSING = {errno.EIO, errno.EAGAIN, errno.ECONNRESET, errno.ENETDOWN, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO}
+_FINAL = {
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO,
+    errno.EINVAL,
+}  # fmt: skip
+"""What is wrong with the name or the file itself; all else may be the fault of disk or network, and pass."""
 
 
 class Folder:
@@ -49,7 +53,7 @@ class Folder:
             try:
                 return self._read(name)
             except OSError as error:
-                if error.errno not in _PASSING or last:
+                if last:
                     raise RecipeError(
                         f"picture {self._shown(name)} could not be read in {len(WAITS) + 1} attempts ({error.strerror}). "
                         "Check disk and network, then start again."
@@ -60,7 +64,7 @@ class Folder:
         try:
             file = self._open(name)
         except (OSError, ValueError) as error:  # a NUL or half a surrogate pair in the name is a ValueError
-            if isinstance(error, OSError) and error.errno in _PASSING:
+            if isinstance(error, OSError) and error.errno not in _FINAL:
                 raise
             reason = error.strerror if isinstance(error, OSError) else error
             raise BadSample(f"picture {self._shown(name)} cannot be read ({reason}). Restore it or remove the sample.") from error

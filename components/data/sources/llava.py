@@ -21,9 +21,10 @@ class LlavaConversations(Source):
         annotations: The JSON or JSONL file.
         images: Folder that picture names are relative to.
         follow_links: Whether links inside that folder may lead out of it.
-        weight: Relative weight in the mixture, > 0; null where `epochs` or `samples` says how much is drawn.
-        epochs: How often a run draws each of its samples, > 0, instead of a weight.
-        samples: How many samples a run draws from it, >= 1, instead of a weight.
+        weight: Relative weight in the mixture, >= 0; 0 is not drawn before `data.weight_changes` says so. Null where `epochs` or
+            `samples` says how much is drawn.
+        epochs: How often a run draws each of its samples, > 0, instead of a weight; to a thousandth of the run.
+        samples: How many samples a run draws from it, >= 1, instead of a weight; to a thousandth of the run.
         validation_fraction: Share of the pictures that is never trained on and gives `val/loss`, in [0, 1).
         overrides: What it prepares otherwise than the rest.
 
@@ -52,7 +53,15 @@ class LlavaConversations(Source):
         self.folder = Folder(self.images, self.annotations, self.follow_links)
         if not self.validation_fraction:
             return np.arange(len(self.records), dtype=np.uint64)
-        return group_numbers(str(record.get("image") or record.get("id", i)) for i, record in enumerate(self.records))
+        return group_numbers(self._group(index) for index in range(len(self.records)))
+
+    def _group(self, index: int) -> str:
+        """What samples of one picture have in common; a record that cannot be read stands alone."""
+        try:
+            record = self.records[index]
+        except BadSample:
+            return str(index)
+        return str(record.get("image") or record.get("id", index))
 
     def sample(self, index: int, random: np.random.Generator) -> Sample:
         """The conversation at a place in the file."""

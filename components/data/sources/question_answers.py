@@ -22,9 +22,10 @@ class QuestionAnswers(Source):
         questions_per_sample: Most questions about one picture in one conversation, >= 1; drawn anew, in a new order, in every
             epoch.
         follow_links: Whether links inside the folder may lead out of it.
-        weight: Relative weight in the mixture, > 0; null where `epochs` or `samples` says how much is drawn.
-        epochs: How often a run draws each of its samples, > 0, instead of a weight.
-        samples: How many samples a run draws from it, >= 1, instead of a weight.
+        weight: Relative weight in the mixture, >= 0; 0 is not drawn before `data.weight_changes` says so. Null where `epochs` or
+            `samples` says how much is drawn.
+        epochs: How often a run draws each of its samples, > 0, instead of a weight; to a thousandth of the run.
+        samples: How many samples a run draws from it, >= 1, instead of a weight; to a thousandth of the run.
         validation_fraction: Share of the pictures that is never trained on and gives `val/loss`, in [0, 1).
         overrides: What it prepares otherwise than the rest.
     """

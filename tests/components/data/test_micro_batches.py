@@ -13,8 +13,11 @@ import torch
 from components.batch import IGNORE_INDEX, IMAGE_TOKEN_ID, Batch
 from components.chat_template import TEMPLATES
 from components.data import InstructionData, LlavaConversations, Preparation, Sample, Source
+from components.data.preparation import null_document
+from components.data.quarantine import Quarantine
 from components.errors import BadSample, RecipeError
 from components.images import decode, to_square
+from components.shapes_world import WORDS
 from components.tokenizer import WordTokenizer
 from components.turns import Turn
 from tests.components.data.small_data import LAYOUT, TOKENIZER, opened, shapes
@@ -87,6 +90,36 @@ def test_a_document_that_cannot_be_cut_is_a_bad_sample() -> None:
     for sample, room in ((conversation(1, 50), 40), (conversation(3, 8, images=3), 40)):
         with pytest.raises(BadSample, match=r"longer than data\.max_length = 40 .* Raise max_length"):
             Preparation("brief", "upright", "pad", room).document(sample, TOKENIZER, LAYOUT)
+
+
+def test_cutting_many_turns_takes_one_pass() -> None:
+    """Tokenized once, whatever is dropped; and cut where a fresh encoding of the rounds that are left would end."""
+    sample = conversation(400, 3)
+    calls = []
+    tokenizer = WordTokenizer(list(WORDS)).build()
+    encode = tokenizer.encode
+    tokenizer.encode = lambda text, **options: calls.append(text) or encode(text, **options)
+    preparation = Preparation("vicuna_v1", "upright", "pad", 1000)
+    ids, labels, truncated = preparation.encode(sample.turns, 1, tokenizer, LAYOUT)
+    assert truncated and len(ids) <= 1000 and len(calls) <= len(sample.turns) + 50
+    rounds = int((labels == tokenizer.eos_token_id).sum())
+    again, labels_again, _ = preparation.encode(sample.turns[: 2 * rounds], 1, TOKENIZER, LAYOUT)
+    assert (again == ids).all() and (labels_again == labels).all()
+    longer = Preparation("vicuna_v1", "upright", "pad", 10_000).encode(sample.turns[: 2 * rounds + 2], 1, TOKENIZER, LAYOUT)
+    assert len(longer[0]) > 1000
+
+
+def test_half_of_a_character_is_a_bad_sample() -> None:
+    with pytest.raises(BadSample, match="half of a surrogate pair at position 3"):
+        Preparation("brief", "upright", "pad", 100).encode(
+            [Turn("user", "hi?\ud83d"), Turn("assistant", "red")], 0, TOKENIZER, LAYOUT
+        )
+
+
+def test_a_null_document_needs_no_special_token() -> None:
+    bare = WordTokenizer(list(WORDS)).build()
+    bare.bos_token = bare.eos_token = None
+    assert null_document(LAYOUT, bare, "null").input_ids.tolist() == [0]
 
 
 def test_prompts_end_where_the_answer_begins() -> None:
@@ -207,6 +240,28 @@ def test_bad_samples_count_across_restarts(write, pictures: str, tmp_path: Path)
         again.on_before_batch_transfer(replace(batch, bad_samples=[("own", "another")]), 0)
     other_rank = opened(sources, tmp_path, rank=1, ranks=2, max_bad_fraction=0.001, global_batch_size=10)
     other_rank.on_before_batch_transfer(replace(batch, bad_samples=[("own", "another")]), 0)  # has a count of its own
+
+
+def test_bad_samples_of_all_ranks_count_where_a_run_continues(tmp_path: Path) -> None:
+    """700 of one rank's 100,000 draws are below a hundredth, on four ranks too; a line that was cut off stops nothing."""
+    file = tmp_path / "quarantine.jsonl"
+    alone = Quarantine(file, 0, 1, 0.01)
+    for number in range(700):
+        alone.add("web", f"picture {number}", 1, 100_000)
+    file.write_text(file.read_text() + '{"step": 3, "rank": 0, "sou')
+    for rank in range(4):
+        four = Quarantine(file, rank, 4, 0.01)
+        assert len(four.earlier) == 700
+        for number in range(75):
+            four.add("web", f"of rank {rank}, {number}", 1, 100_000)
+        with pytest.raises(RecipeError, match=r"251 bad samples of 25000 of data\.sources\.web on this rank"):
+            for number in range(75, 77):
+                four.add("web", f"of rank {rank}, {number}", 1, 100_000)
+        file.write_text("\n".join(file.read_text().splitlines()[:700]) + "\n")
+    again = Quarantine(file, 0, 1, 0.001)
+    again.add("other", "first", 1, 500)  # the share is taken of at least a thousand
+    with pytest.raises(RecipeError, match="2 bad samples of 1000 of data"):
+        again.add("other", "second", 1, 500)
 
 
 def test_a_batch_of_nothing_but_bad_samples_is_a_batch(write, pictures: str, tmp_path: Path) -> None:

@@ -250,6 +250,9 @@ def test_epochs_and_samples_take_their_share_of_the_run_and_weights_the_rest(tmp
     [
         ({"a": {"weight": None, "epochs": 20.0}}, r"a ask for 6,000 samples .* 12 steps; max_steps is 6\. Set it to 12"),
         ({"a": {"weight": None, "samples": 3000}, "b": {}}, r"leaves nothing for the sources with weights\. Raise max_steps"),
+        ({"a": {"weight": None, "samples": 5}, "b": {}}, r"sources\.a asks for 5 .* would give 6\. Ask for a multiple of 3"),
+        ({"a": {"weight": None, "samples": 300}, "b": {"weight": 0.0}}, r"all weights are 0 \(b\)"),
+        ({"a": {"weight": 0.0}, "b": {"weight": 0.0}}, "State weights >= 0, and one of them > 0"),
     ],
 )
 def test_shares_that_cannot_be_had_are_refused(sources: dict[str, dict], message: str, tmp_path: Path) -> None:
@@ -271,6 +274,9 @@ def test_weights_may_change_where_the_run_has_not_been(tmp_path: Path) -> None:
     assert ids_of_steps(data(weight_changes={3: {"a": 0.1}}))[:3] == ids_of_steps(data())[:3]
     counts = changed.mixture.drawn(600) - changed.mixture.drawn(500)
     assert counts.tolist() == [0, 100]
+    later_source = {"a": shapes(), "b": shapes(seed=1, weight=0.0)}
+    begins = opened(later_source, tmp_path, global_batch_size=100, weight_changes={2: {"b": 1.0}})
+    assert begins.mixture.drawn(200).tolist() == [200, 0] and begins.mixture.drawn(600)[1] > 100
     later = json.loads(json.dumps(data(step=4, weight_changes={3: {"a": 0.1, "b": 0.9}}).state_dict()))
     with pytest.raises(RecipeError, match=r"shares from step 3: a 100/1000, b 900/1000 -> None.*data\.weight_changes"):
         _flat(lambda: data(step=4).load_state_dict(later))
@@ -285,10 +291,12 @@ def test_weights_may_change_where_the_run_has_not_been(tmp_path: Path) -> None:
         ({2: {"c": 1.0}}, r"2: there is no source c\. Sources: a, b"),
         ({2: {"a": -1.0}}, r"2: a has weight -1\.0"),
         ({2: {"b": 1.0}}, r"2: b states epochs or samples"),
+        ({6: {"a": 1.0}}, r"step 6 must be .* below max_steps = 6"),
+        ({2: {}}, "2 names no source"),
     ],
 )
 def test_changes_of_weights_that_cannot_be_made_are_refused(changes: dict, message: str, tmp_path: Path) -> None:
-    sources = {"a": shapes(), "b": shapes(weight=None, samples=5)}
+    sources = {"a": shapes(), "b": shapes(weight=None, samples=30)}
     with pytest.raises(RecipeError, match=rf"data\.weight_changes: {message}"):
         opened(sources, tmp_path, weight_changes=changes, global_batch_size=500)
 

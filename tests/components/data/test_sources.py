@@ -202,7 +202,7 @@ def test_missing_files_and_folders_are_named(write, pictures: str, tmp_path: Pat
 
 @pytest.mark.parametrize(
     "options", [
-        {"weight": 0.0}, {"weight": -1.0}, {"weight": None}, {"epochs": 2.0}, {"weight": None, "epochs": -1.0},
+        {"weight": -1.0}, {"weight": None, "epochs": 0.0}, {"weight": None}, {"epochs": 2.0}, {"weight": None, "epochs": -1.0},
         {"weight": None, "samples": 0}, {"weight": None, "epochs": 1.0, "samples": 5}, {"validation_fraction": 1.0},
         {"validation_fraction": -0.1}, {"num_scenes": 0}, {"questions_per_scene": 0}, {"seed": -1},
     ],
@@ -272,3 +272,15 @@ def test_fingerprints_change_with_what_decides_the_samples(write, pictures: str)
     worlds = [ShapesWorld(setting), ShapesWorld(Setting()), ShapesWorld(setting, 10), ShapesWorld(setting, seed=1)]
     worlds.append(ShapesWorld(setting, questions_per_scene=2))
     assert len(set(map(print_of, worlds))) == len(worlds)
+
+
+def test_a_line_that_cannot_be_read_is_no_reason_to_hold_nothing_out(tmp_path: Path, write, pictures: str) -> None:
+    file = Path(write("train.jsonl", many(images=10, samples=60)))
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([lines[0][:40], "[" * 100_000, *lines[2:]]) + "\n")
+    source = LlavaConversations(str(file), pictures, validation_fraction=0.3)
+    source.setup()
+    assert source.num_samples + len(source.validation_indices) == 60
+    for line in (0, 1):
+        with pytest.raises(BadSample, match=rf"line {line + 1} is not valid JSON"):
+            source.sample(line, random())
