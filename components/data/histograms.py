@@ -39,11 +39,6 @@ class Counts:
         """Numbers that were counted."""
         return int(self.counts.sum())
 
-    @property
-    def mean(self) -> float:
-        """Their mean; there is at least one."""
-        return float((self.values * self.counts).sum() / self.total)
-
     def quantile(self, share: float) -> float:
         """The smallest value that at least this share of the numbers, in [0, 1], does not exceed."""
         place = np.searchsorted(np.cumsum(self.counts), share * self.total)

@@ -20,7 +20,7 @@ def test_counts_add_up_and_have_the_quantiles_of_numpy(numbers):
     whole = Counts.of(numbers)
     np.testing.assert_array_equal(counts.values, whole.values)
     np.testing.assert_array_equal(counts.counts, whole.counts)
-    assert counts.total == 5000 and counts.mean == pytest.approx(numbers.mean())
+    assert counts.total == 5000
     for share in (0.05, 0.5, 0.95, 1.0):
         assert counts.quantile(share) == np.quantile(numbers, share, method="inverted_cdf")
     assert f"median {np.quantile(numbers, 0.5, method='inverted_cdf'):.0f}" in in_words(counts)
