@@ -5,15 +5,18 @@ import os
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
+from io import TextIOWrapper
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
+from components.atomic import save
 from components.data.decontamination import NEAR, find_overlaps, overlaps_of
 from components.data.filters import open_selection, select
 from components.data.histograms import Counts
-from components.data.index_report import SourceReport, in_html, in_text, report_of_shards
-from components.data.sources import TarShards
+from components.data.index_report import LISTED, SourceReport, in_html, in_text, report_of_shards
+from components.data.sources import Source, TarShards
 from components.data.token_lengths import UNUSABLE, Measure, measure
 from components.errors import RecipeError
 from components.plan.example import example_of
@@ -22,7 +25,7 @@ from components.plan.samples import FirstSamples
 from components.plan_command import PlanCLI
 from components.recipe_files import named_recipes
 from components.run_folder import RUNS, run_name
-from components.shards.audit import audit, repeated_keys
+from components.shards.audit import MAX_KEYS, audit, problems_of, repeated_keys
 from components.shards.names import expand_all, is_remote
 from components.shards.rows import ShardIndex
 from components.shards.storage import Storage
@@ -81,6 +84,7 @@ def _index_recipe(options: Namespace, rest: list[str], files: list[str]) -> int:
     data, layout = recipe.data, recipe.model.sample_format()
     tokenizer = load_tokenizer(layout.tokenizer)
     data.preparation.try_out(tokenizer, layout)
+    _check_folders(data.sources)
     reports = []
     for name, source in data.sources.items():
         try:
@@ -144,17 +148,42 @@ def _add_lengths(report: SourceReport, lengths: Counts) -> None:
 def _audited(folder: Path, shards: list[str], name: str, options: Namespace) -> SourceReport:
     """Look at the shards that have not been looked at, write down what is wrong, and report it."""
     audits = audit(shards, folder, options.processes)
-    with (folder / QUARANTINE).open("w", encoding="utf-8") as file:
-        for one in audits:
-            file.writelines(json.dumps({"shard": one.name, **problem._asdict()}) + "\n" for problem in one.problems)
     index = ShardIndex.open(folder, shards)
     report = report_of_shards(name, index, audits, Storage(), options.processes)
-    if repeated := repeated_keys(index):
+
+    def quarantine(file: BinaryIO) -> None:
+        for one in audits:
+            for problem in problems_of(folder, one):
+                file.write(json.dumps({"shard": one.name, **problem._asdict()}).encode() + b"\n")
+                if len(report.first) < LISTED:
+                    report.first.append((one.name, problem))
+
+    save(folder / QUARANTINE, quarantine)
+    repeated = repeated_keys(index)
+    if repeated is None:
+        report.notes.append(f"there are more than {MAX_KEYS:,} samples: whether keys stand in two shards was not looked for")
+    elif repeated:
         report.notes.append(f"{repeated:,} samples have the key of one in another shard: are shards there twice?")
     return report
 
 
+def _check_folders(sources: dict[str, Source]) -> None:
+    """See that sources of different shards have different folders for their indexes."""
+    seen: dict[Path, tuple[str, list[str]]] = {}
+    for name, source in sources.items():
+        if isinstance(source, TarShards):
+            shards = expand_all(source.shards)
+            other, theirs = seen.setdefault(Path(source.index).resolve(), (name, shards))
+            if shards != theirs:
+                raise RecipeError(
+                    f"data.sources.{name} and data.sources.{other} have one `index`, {source.index}, but other shards. Give each "
+                    "a folder of its own."
+                )
+
+
 def _tell(title: str, reports: list[SourceReport], file: Path) -> None:
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal need not have every character of a name
     print(in_text(reports))
     write(file, in_html(title, reports), "--report")
     print(f"The same with pictures: {file}")

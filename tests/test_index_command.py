@@ -1,5 +1,6 @@
 """`python main.py index`: what it prints and writes, that it goes on where it was, and mistakes told with their remedies."""
 
+import io
 import json
 import re
 import shlex
@@ -172,3 +173,82 @@ def test_keys_that_stand_in_two_shards_are_told(capsys):
     write_shard(Path("shards"), "00003", pairs(0, 12), parquet=False)
     assert index("--shards", "shards/*.tar") == 0
     assert "12 samples have the key of one in another shard" in capsys.readouterr().out
+
+
+def test_keys_that_are_too_many_to_be_compared_are_told(capsys, monkeypatch):
+    monkeypatch.setattr("components.shards.audit.MAX_KEYS", 100)
+    assert index("--shards", "shards/*.tar") == 0
+    assert "whether keys stand in two shards was not looked for" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_names_that_are_no_text_or_move_the_cursor_are_shown_as_text(encoding, monkeypatch):
+    made = pairs(7, 4)
+    for pair, key in zip(made, ("caf\udce9", "\x1b[2Jgone", "two\nlines", "\N{SNOWMAN}"), strict=True):
+        pair.key, pair.picture = key, b"no picture"
+    write_shard(Path("odd"), "r\udce9sum\udce9", made, parquet=False)
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr("sys.stdout", terminal)
+    assert index("--shards", "odd/*.tar", "--report", "page.html") == 0
+    terminal.seek(0)
+    text = terminal.read()
+    assert all(shown in text for shown in ("caf\\udce9 bad", "\\x1b[2Jgone", "two\\nlines", "r\\udce9sum"))
+    assert ("\N{SNOWMAN}" if encoding == "utf-8" else "\\u2603") in text
+    assert all(character.isprintable() for character in text.replace("\n", ""))
+    assert "caf\\udce9" in Path("page.html").read_text()
+
+
+def test_numbers_that_img2dataset_did_not_write_whole_are_a_note(capsys):
+    Path("shards/00001_stats.json").write_text('{"count": ')
+    Path("shards/00002_stats.json").unlink()
+    Path("shards/00002_stats.json").mkdir()
+    assert index("--shards", "shards/*.tar") == 0
+    text = capsys.readouterr().out
+    assert "img2dataset's numbers of 2 shards are left out: the _stats.json beside shards/00001.tar is not JSON" in text
+    assert counted(text, "img2dataset: count") == 31
+
+
+def test_all_problems_are_written_and_a_few_are_shown(capsys, monkeypatch):
+    monkeypatch.setattr("components.index_command.LISTED", 20)
+    made = pairs(7, 30)
+    for pair in made:
+        pair.picture = b"no picture"
+    write_shard(Path("odd"), "0", made)
+    write_shard(Path("odd"), "1", pairs(8, 5)[:2])
+    Path("odd/2.tar").mkdir()
+    for _ in range(2):  # the second time, what was found is read again
+        assert index("--shards", "odd/*.tar", "--report", "page.html") == 0
+        assert "the first of what was put aside, of 31:" in capsys.readouterr().out
+        written = [json.loads(line) for line in Path("odd/index/quarantine.jsonl").read_text().splitlines()]
+        assert [entry["key"] for entry in written] == [*(pair.key for pair in made), ""]
+        assert written[-1]["kind"] == "unreadable"
+        page = Path("page.html").read_text()
+        assert "The first 20 of 31." in page and page.count("bad picture") == 21  # with the line of the table
+
+
+def test_an_index_of_all_shards_is_not_replaced_by_one_of_some(capsys):
+    assert index("--shards", "shards/*.tar") == 0
+    before = {path: path.read_bytes() for path in Path("shards/index").iterdir()}
+    assert index("--shards", "shards/00000.tar") == 2
+    message = capsys.readouterr().err
+    assert "2 (00001 ...) are not among" in message and "--index FOLDER" in message
+    assert {path: path.read_bytes() for path in Path("shards/index").iterdir()} == before
+    assert index("--shards", "shards/00000.tar", "--index", "one") == 0
+
+
+def test_two_sources_with_one_folder_for_their_indexes_are_told(folder, capsys):
+    file = recipe(folder)
+    tree = yaml.safe_load(file.read_text())
+    one = tree["data"]["sources"]["pairs"]
+    tree["data"]["sources"]["same"] = one
+    tree["data"]["sources"]["other"] = {
+        **one,
+        "init_args": {**one["init_args"], "index": "./shards/index", "shards": "shards/00000.tar"},
+    }
+    file.write_text(yaml.safe_dump(tree))
+    assert index("--config", str(file)) == 2
+    assert "data.sources.pairs and data.sources.other have one `index`, shards/index, but other shards" in capsys.readouterr().err
+    assert not Path("shards/index").exists()
+    del tree["data"]["sources"]["other"]
+    file.write_text(yaml.safe_dump(tree))
+    assert index("--config", str(file)) == 0

@@ -6,7 +6,7 @@ Source: github.com/rom1504/img2dataset, logger.py (`NAME_stats.json` beside each
 import html
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +15,10 @@ import numpy as np
 from components.data.histograms import Counts, in_words, picture
 from components.data.metadata import beside
 from components.data.shard_files import in_parallel
+from components.errors import RecipeError
 from components.shards.rows import Audit, ShardIndex
 from components.shards.storage import Storage
+from components.shards.tar import Problem
 
 LISTED = 200
 """Samples, or shards, that a page lists one by one; the files beside the index have them all."""
@@ -47,7 +49,8 @@ class SourceReport:
         files: Its shards; 0 where it has none.
         samples: Samples that can be used.
         num_bytes: Their bytes.
-        audits: What is wrong in each shard.
+        problems: How many of each kind are wrong in the shards.
+        first: Shard and problem of the first of them.
         stats: img2dataset's numbers, summed over the shards that have them.
         differences: Shards that have another number of samples than img2dataset wrote: name, samples, successes.
         use: What the samples are used for, and why some of them are not.
@@ -59,17 +62,13 @@ class SourceReport:
     samples: int
     files: int = 0
     num_bytes: int = 0
-    audits: list[Audit] = field(default_factory=list)
+    problems: Counter[str] = field(default_factory=Counter)
+    first: list[tuple[str, Problem]] = field(default_factory=list)
     stats: Counter[str] = field(default_factory=Counter)
     differences: list[tuple[str, int, int]] = field(default_factory=list)
     use: dict[str, int] = field(default_factory=dict)
     histograms: list[tuple[str, str, Counts]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-
-    @property
-    def problems(self) -> Counter[str]:
-        """How many of each kind."""
-        return sum((Counter(audit.counts) for audit in self.audits), Counter[str]())
 
     def rows(self) -> list[tuple[str, str]]:
         """What is counted, and the number."""
@@ -90,18 +89,24 @@ def report_of_shards(name: str, index: ShardIndex, audits: list[Audit], storage:
         storage: Reads img2dataset's numbers.
         processes: Processes that share the work, >= 1.
     """
-    found = SourceReport(name, int(index.sizes.sum()), files=len(index.names), audits=audits)
-    found.num_bytes = sum(audit.size for audit in audits)
+    found = SourceReport(name, int(index.sizes.sum()), files=len(index.names))
+    unread = []
+    for audit in audits:
+        found.num_bytes += audit.size
+        found.problems.update(audit.counts)
     totals: dict[str, Counts] = {}
     for shard, (stats, counts) in enumerate(in_parallel(_Look(index, storage), range(len(index.names)), processes, "report")):
         for column, some in counts.items():
             totals[column] = totals[column] + some if column in totals else some
-        if stats is None:
+        if isinstance(stats, str):
+            unread.append(stats)
             continue
         found.stats.update({key: stats[key] for key in _SHOWN if isinstance(stats.get(key), int)})
         expected = stats.get("successes")
         if isinstance(expected, int) and expected != index.sizes[shard]:
             found.differences.append((index.names[shard], int(index.sizes[shard]), expected))
+    if unread:
+        found.notes.append(f"img2dataset's numbers of {len(unread):,} shards are left out: {unread[0]}")
     found.histograms = [(title, unit, totals[column]) for column, title, unit in _PICTURES if column in totals]
     if "aspect" in totals:
         found.histograms.append(("picture width / height", "", totals["aspect"]))
@@ -110,12 +115,12 @@ def report_of_shards(name: str, index: ShardIndex, audits: list[Audit], storage:
 
 @dataclass
 class _Look:
-    """A shard's number in; img2dataset's numbers, if it has left any, and counts of the columns of its index out."""
+    """A shard's number in; img2dataset's numbers, or why they cannot be read, and counts of the columns of its index out."""
 
     index: ShardIndex
     storage: Storage
 
-    def __call__(self, shard: int) -> tuple[dict[str, Any] | None, dict[str, Counts]]:
+    def __call__(self, shard: int) -> tuple[dict[str, Any] | str, dict[str, Counts]]:
         rows = self.index.rows(shard)
         counts = {column: Counts.of(rows[column]) for column, _, _ in _PICTURES} if len(rows) else {}
         known = rows[(rows["width"] > 0) & (rows["height"] > 0)]
@@ -123,12 +128,17 @@ class _Look:
             # hundredths of an octave: few enough values to be added up over thousands of shards
             octaves = np.log2(known["width"].astype(np.float64) / known["height"])
             counts["aspect"] = Counts.of(np.exp2(np.round(octaves * 100) / 100))
-        text = beside(self.index.names[shard], "_stats.json", self.storage)
+        return self.stats(self.index.names[shard]), counts
+
+    def stats(self, url: str) -> dict[str, Any] | str:
         try:
-            stats = None if text is None else json.loads(text)
-        except ValueError:
-            stats = None
-        return stats if isinstance(stats, dict) else None, counts
+            text = beside(url, "_stats.json", self.storage)
+            stats = {} if text is None else json.loads(text)
+        except RecipeError as error:
+            return str(error)
+        except (ValueError, RecursionError) as error:
+            return f"the _stats.json beside {url} is not JSON ({error})."
+        return stats if isinstance(stats, dict) else f"the _stats.json beside {url} is not an object."
 
 
 def in_text(reports: Iterable[SourceReport]) -> str:
@@ -143,38 +153,45 @@ def in_text(reports: Iterable[SourceReport]) -> str:
         if report.differences:
             lines.append(f"  {len(report.differences):,} shards have another number of samples than img2dataset wrote:")
             lines += [f"    {shard}: {here:,} of {there:,}" for shard, here, there in report.differences[:IN_TERMINAL]]
-        if problems := [(audit.name, problem) for audit in report.audits for problem in audit.problems]:
-            lines.append(f"  the first of what was put aside, of {len(problems):,}:")
-            lines += [f"    {shard} {problem.key} {problem.kind}: {problem.reason}" for shard, problem in problems[:IN_TERMINAL]]
+        if report.problems:
+            lines.append(f"  the first of what was put aside, of {report.problems.total():,}:")
+            lines += [
+                f"    {shard} {problem.key} {problem.kind}: {problem.reason}" for shard, problem in report.first[:IN_TERMINAL]
+            ]
         lines += [f"  {note}" for note in report.notes]
-    return "\n".join(lines)
+    return "\n".join(map(_printable, lines))
+
+
+def _printable(line: str) -> str:
+    """Names of shards and members may hold what moves the cursor of a terminal, and what is no text at all."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in line)
 
 
 def in_html(title: str, reports: Iterable[SourceReport]) -> str:
     """The report as a page. Everything that comes from the data is escaped, and no script runs."""
     body = [f"<h1>{_escape(title)}: index</h1>"]
     for report in reports:
-        rows = "".join(f"<tr><td>{_escape(what)}</td><td>{number}</td></tr>" for what, number in report.rows())
+        counted = "".join(f"<tr><td>{_escape(what)}</td><td>{number}</td></tr>" for what, number in report.rows())
         body += [f"<h2>{_escape(report.name)}</h2>", *(f'<p class="note">{_escape(note)}</p>' for note in report.notes)]
-        body += [f"<table>{rows}</table>", '<div class="histograms">']
+        body += [f"<table>{counted}</table>", '<div class="histograms">']
         for name, unit, counts in report.histograms:
             body.append(picture(name, unit, counts, logarithmic=not unit))
         body.append("</div>")
         if report.differences:
             body.append("<h3>Other numbers of samples than img2dataset wrote</h3>")
-            body.append(_table(("shard", "samples", "img2dataset: successes"), report.differences))
+            rows = report.differences[:LISTED]
+            body.append(_table(("shard", "samples", "img2dataset: successes"), rows, len(report.differences)))
         if report.problems:
-            problems = [(audit.name, *problem) for audit in report.audits for problem in audit.problems]
-            cells = [(shard, key, kind, reason, offset) for shard, kind, key, offset, reason in problems]
+            cells = [(shard, problem.key, problem.kind, problem.reason, problem.offset) for shard, problem in report.first]
             body.append("<h3>Put aside</h3>")
-            body.append(_table(("shard", "key", "what", "reason", "byte"), cells))
+            body.append(_table(("shard", "key", "what", "reason", "byte"), cells, report.problems.total()))
     head = f'<meta charset="utf-8"><title>{_escape(title)}: index</title><style>{_STYLE}</style>'
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(body) + "\n</body></html>\n"
 
 
-def _table(heads: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
-    cells = ["".join(f"<td>{_escape(str(cell))}</td>" for cell in row) for row in rows[:LISTED]]
-    rest = f"<p>The first {LISTED} of {len(rows):,}.</p>" if len(rows) > LISTED else ""
+def _table(heads: tuple[str, ...], rows: Sequence[tuple[Any, ...]], total: int) -> str:
+    cells = ["".join(f"<td>{_escape(str(cell))}</td>" for cell in row) for row in rows]
+    rest = f"<p>The first {len(rows)} of {total:,}.</p>" if len(rows) < total else ""
     lines = "".join(f"<tr>{row}</tr>" for row in cells)
     return f'<table class="words"><tr>{"".join(f"<th>{head}</th>" for head in heads)}</tr>{lines}</table>{rest}'
 

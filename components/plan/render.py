@@ -93,7 +93,7 @@ def write(path: Path, text: str, option: str = "--page") -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")  # names may hold what is no text
     except OSError as error:
         raise RecipeError(f"{option}: {path} cannot be written ({error.strerror}). Name another file.") from error
 

@@ -17,14 +17,15 @@ from tqdm import tqdm
 from components.errors import RecipeError
 from components.shards.names import names_in_index
 from components.shards.one_shard import audit_shard
-from components.shards.rows import Audit, ShardIndex, read_audit, write_shard, write_summary
+from components.shards.rows import Audit, ShardIndex, check_replaced, read_audit, write_shard, write_summary
 from components.shards.storage import Storage
 from components.shards.tar import Problem
 
 UNREADABLE = "unreadable"
 """Kind of the problem of a shard that was not read to its end; the next audit tries it again."""
 
-_MAX_KEYS = 100_000_000  # 0.8 GB
+MAX_KEYS = 100_000_000
+"""Samples whose keys are compared, which takes 0.8 GB."""
 
 
 def audit(
@@ -32,7 +33,8 @@ def audit(
 ) -> list[Audit]:
     """Shards in, what was found in each out; rows, audits and the summary of all are files of the index.
 
-    A shard that is broken, cannot be read, or ends the process that reads it is reported and does not end the audit.
+    A shard that is broken, cannot be read, or ends the process that reads it is reported and does not end the audit. Problems
+    are counted; `problems_of` has them.
 
     Args:
         shards: Paths or urls.
@@ -42,26 +44,36 @@ def audit(
         storage: Reads the shards.
 
     Raises:
-        RecipeError: The index cannot be written, or two shards have one name.
+        RecipeError: The index cannot be written or is one of other shards, or two shards have one name.
     """
     folder, shards = Path(folder), sorted(shards)
-    work = [(url, name, folder, storage or Storage()) for url, name in zip(shards, names_in_index(shards), strict=True)]
+    names = names_in_index(shards)
+    check_replaced(folder, names)
+    work = [(url, name, folder, storage or Storage()) for url, name in zip(shards, names, strict=True)]
     audits: dict[str, Audit] = {}
     samples = problems = 0
     with tqdm(total=len(work), desc="audit", unit="shard", disable=not progress) as bar:
         for one in _in_parallel(work, min(processes, len(work))):
             audits[one.name] = one
             samples, problems = samples + one.samples, problems + sum(one.counts.values())
-            bar.set_postfix(samples=samples, problems=problems, refresh=False)
+            bar.set_postfix(samples=f"{samples:,}", problems=f"{problems:,}", refresh=False)
             bar.update()
     in_order = [audits[name] for _, name, _, _ in work]
     write_summary(folder, in_order)
     return in_order
 
 
+def problems_of(folder: Path, audit: Audit) -> list[Problem]:
+    """The problems of a shard, of which `audit` holds only those that no file has."""
+    if audit.problems or not audit.counts:
+        return audit.problems
+    written = read_audit(folder, audit.name)
+    return written.problems if written else []
+
+
 def repeated_keys(index: ShardIndex) -> int | None:
     """How many samples of an index have the key of another one; None above 100 million samples, where it is not looked for."""
-    if index.sizes.sum() > _MAX_KEYS:
+    if index.sizes.sum() > MAX_KEYS:
         return None
     keys = np.empty(int(index.sizes.sum()), np.uint64)
     ends = np.cumsum(index.sizes)
@@ -122,7 +134,7 @@ def _audit_and_write(url: str, name: str, folder: Path, storage: Storage) -> Aud
     earlier = read_audit(folder, name)
     try:
         if earlier is not None and (earlier.size, earlier.version) == storage.identity(url):
-            return replace(earlier, url=url)
+            return replace(earlier, url=url, problems=[])
         found, rows = audit_shard(url, name, storage)
     except Exception as error:  # whatever it is, the other shards can be read
         reason = str(error) if isinstance(error, RecipeError) else f"{type(error).__name__}: {error}"
@@ -130,7 +142,7 @@ def _audit_and_write(url: str, name: str, folder: Path, storage: Storage) -> Aud
     finally:
         storage.close()
     write_shard(folder, found, rows)
-    return found
+    return replace(found, problems=[])  # those of 75,000 shards may be more than memory holds
 
 
 def _unreadable(url: str, name: str, reason: str) -> Audit:

@@ -105,13 +105,13 @@ class ShardIndex:
             hashed.update(summary[name].tobytes())
         digests = summary["digests"].tobytes().decode().split("\n")
         index = cls(folder, sorted(shards), summary["bytes"], summary["samples"], digests, hashed.hexdigest(), patterns)
-        index._check_names(summary["names"].tobytes())
+        index._check_names(_names(summary))
         return index
 
-    def _check_names(self, audited: bytes) -> None:
-        if audited == _joined(self._files):
+    def _check_names(self, audited: list[str]) -> None:
+        if audited == self._files:
             return
-        found, wanted = set(audited.decode(errors="surrogateescape").split("\n")), set(self._files)
+        found, wanted = set(audited), set(self._files)
         missing, others = sorted(wanted - found), sorted(found - wanted)
         what = [f"lacks {len(missing)} of them ({missing[0]} ...)"] if missing else []
         what += [f"has {len(others)} others ({others[0]} ...)"] if others else []
@@ -212,6 +212,28 @@ def write_summary(folder: Path, audits: list[Audit]) -> None:
         "samples": np.array([audit.samples for audit in audits], np.int64),
     }
     save(folder / SUMMARY, lambda file: np.savez(file, **arrays))
+
+
+def check_replaced(folder: Path, names: list[str]) -> None:
+    """See that the summary of an index may be replaced by one of these shards.
+
+    Raises:
+        RecipeError: It has shards that are not among them.
+    """
+    try:
+        others = sorted(set(_names(_read_summary(folder, ""))) - set(names))
+    except RecipeError:  # there is none, or a damaged one
+        return
+    if others:
+        raise RecipeError(
+            f"The index {folder} is one of other shards, of which {len(others)} ({others[0]} ...) are not among the {len(names)} "
+            f"named ({names[0]} ...). Name all of them, or another folder for the index with --index FOLDER (in a recipe: the "
+            f"source's `index`), or remove {folder / SUMMARY} if the others are gone."
+        )
+
+
+def _names(summary: dict[str, np.ndarray]) -> list[str]:
+    return summary["names"].tobytes().decode(errors="surrogateescape").split("\n")
 
 
 def _joined(names: list[str]) -> bytes:

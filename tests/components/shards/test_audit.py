@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from components.errors import RecipeError
-from components.shards.audit import audit, repeated_keys
+from components.shards.audit import audit, problems_of, repeated_keys
 from components.shards.one_shard import audit_shard
 from components.shards.rows import SUMMARY, ShardIndex, read_audit
 from components.shards.storage import Storage
@@ -49,7 +49,7 @@ def test_the_index_of_shards(tmp_path) -> None:
 def test_repeated_keys_are_not_looked_for_in_more_than_memory_holds(tmp_path, monkeypatch) -> None:
     paths = shards(tmp_path, 2)
     audit(paths, tmp_path / "index", 1, progress=False)
-    monkeypatch.setattr("components.shards.audit._MAX_KEYS", 5)
+    monkeypatch.setattr("components.shards.audit.MAX_KEYS", 5)
     assert repeated_keys(ShardIndex.open(tmp_path / "index", paths)) is None
 
 
@@ -146,12 +146,42 @@ def test_a_server_without_ranges_is_said_in_the_audit(tmp_path, monkeypatch) -> 
     assert found.counts == {"unreadable": 1} and "no ranged reads" in found.problems[0].reason
 
 
+def test_an_index_is_not_replaced_by_one_of_other_shards(tmp_path) -> None:
+    paths, folder = shards(tmp_path, 3), tmp_path / "index"
+    audit(paths[:2], folder, 1, progress=False)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for others in (paths[:1], paths[1:]):
+        with pytest.raises(
+            RecipeError, match=r"is one of other shards, of which 1 .*are not among .*another folder.*or remove .*npz"
+        ):
+            audit(others, folder, 1, progress=False)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert len(audit(paths, folder, 1, progress=False)) == 3
+    (folder / SUMMARY).write_bytes(b"damaged")
+    assert len(audit(paths[1:], folder, 1, progress=False)) == 2
+
+
+def test_problems_are_in_the_files_not_in_memory(tmp_path) -> None:
+    paths = [*shards(tmp_path, 2), str(tmp_path / "missing.tar")]
+    Path(paths[1]).write_bytes(tar([("k" * 90 + f"{number}.txt", b"x") for number in range(300)]))
+    found = audit(paths, tmp_path / "index", 2, progress=False)
+    assert [len(one.problems) for one in found] == [0, 0, 1]  # what could not be read has no file
+    assert [len(problems_of(tmp_path / "index", one)) for one in found] == [0, 300, 1]
+
+
 def test_progress_counts_samples_and_problems(tmp_path, capsys) -> None:
     paths = shards(tmp_path, 3)
     Path(paths[0]).write_bytes(HOSTILE["missing caption"][0]())
     audit(paths, tmp_path / "index", 1)
     shown = capsys.readouterr().err
     assert "3/3" in shown and "samples=7" in shown and "problems=1" in shown
+
+
+def test_progress_counts_in_whole_numbers(tmp_path, capsys) -> None:
+    path = tmp_path / "0.tar"
+    path.write_bytes(tar(samples(1234)))
+    audit([str(path)], tmp_path / "index", 1)
+    assert "samples=1,234" in capsys.readouterr().err
 
 
 SLOWLY = """
