@@ -19,6 +19,7 @@ from components.images import MAX_BYTES
 from components.perceptual_hash import SIDE, perceptual_hash, picture_gray
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+_PIECE = 2**20
 _AT_ONCE = 64  # pictures that a process reads in one go
 _LAYOUT = 1  # of the cached files; raise it when they change
 
@@ -50,10 +51,17 @@ class File:
         """
         try:
             archive = _archive(self.path, os.getpid()) if self.member else None
-            size = archive.getinfo(self.member).file_size if archive else Path(self.path).stat().st_size
+            info = archive.getinfo(self.member) if archive else None
+            size = info.file_size if info else Path(self.path).stat().st_size
             if size > MAX_BYTES:
                 raise BadSample(f"it has {size} bytes; the limit is {MAX_BYTES} (32 MiB)")
-            return archive.read(self.member) if archive else Path(self.path).read_bytes()
+            if archive is None or info is None:
+                return Path(self.path).read_bytes()
+            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise BadSample("it is compressed in another way than deflate, whose size is not known before")
+            with archive.open(info) as file:
+                pieces = list(iter(partial(file.read, _PIECE), b""))  # never more at once, whatever the archive claims
+            return b"".join(pieces)
         except BadSample:
             raise
         except Exception as error:  # zipfile raises nearly anything for what is damaged, encrypted or compressed in a new way
@@ -77,12 +85,6 @@ class EvaluationPictures:
     hashes: UInt64[np.ndarray, " pictures"]
     grays: UInt8[np.ndarray, "pictures 32 32"]
     broken: list[str]
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes when other pictures are looked for, or the same by other names."""
-        names = "\0".join(file.name for file in self.files).encode(errors="surrogateescape")
-        return hashlib.blake2b(names + self.digests.tobytes() + self.hashes.tobytes(), digest_size=8).hexdigest()
 
 
 def read_evaluation_pictures(folders: list[Path], processes: int) -> EvaluationPictures:

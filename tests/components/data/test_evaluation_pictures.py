@@ -1,5 +1,7 @@
 """Pictures of evaluations: found in folders and archives, read once, and what is broken or hostile among them."""
 
+import re
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -21,7 +23,8 @@ def test_evaluation_pictures_are_read_once(tmp_path, evaluation, monkeypatch):
     first = read_evaluation_pictures([evaluation], 2)
     monkeypatch.setattr("components.data.evaluation_pictures.picture_gray", None)
     again = read_evaluation_pictures([evaluation], 1)
-    assert again.fingerprint == first.fingerprint
+    np.testing.assert_array_equal(again.digests, first.digests)
+    assert again.files == first.files
     assert again.broken == first.broken
     np.testing.assert_array_equal(again.grays, first.grays)
     (evaluation / "3.PNG").write_bytes(encoded(photograph(8), "PNG"))
@@ -33,7 +36,7 @@ def test_what_is_kept_may_be_damaged(evaluation):
     first = read_evaluation_pictures([evaluation], 1)
     kept = evaluation_pictures._cache_file(evaluation_pictures._files(evaluation))
     kept.write_bytes(kept.read_bytes()[:-100])
-    assert read_evaluation_pictures([evaluation], 1).fingerprint == first.fingerprint
+    np.testing.assert_array_equal(read_evaluation_pictures([evaluation], 1).digests, first.digests)
 
 
 def test_an_archive_alone_and_links_to_folders(tmp_path, evaluation):
@@ -64,9 +67,23 @@ def test_hostile_evaluation_pictures_are_broken_ones(tmp_path, evaluation):
     with zipfile.ZipFile(evaluation / "hostile.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("huge.jpg", bytes(33 * 2**20))
         archive.writestr("damaged.jpg", jpeg(0))
+        archive.writestr("modest.jpg", bytes(64 * 2**20))
+        archive.writestr("other.jpg", jpeg(1), zipfile.ZIP_BZIP2)
     data = bytearray((evaluation / "hostile.zip").read_bytes())
     at = data.index(b"damaged.jpg") + 200
     data[at : at + 50] = bytes(50)
+    size = (64 * 2**20).to_bytes(4, "little")
+    data = data.replace(size, (1000).to_bytes(4, "little"))  # what the archive claims of modest.jpg
     (evaluation / "hostile.zip").write_bytes(data)
-    broken = read_evaluation_pictures([evaluation / "hostile.zip", evaluation / "artwork"], 1).broken
-    assert ["huge.jpg: it has 34603008 bytes" in broken[1], "damaged.jpg: it cannot be read" in broken[0]] == [True, True]
+    del data
+    tracemalloc.start()
+    pictures = read_evaluation_pictures([evaluation / "hostile.zip", evaluation / "artwork"], 1)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 60 * 2**20
+    for broken, said in zip(
+        pictures.broken,
+        ("damaged.jpg: it cannot be read", "huge.jpg: it has 34603008 bytes", "modest.jpg: ", "other.jpg: .*compressed"),
+        strict=True,
+    ):
+        assert re.search(said, broken)
