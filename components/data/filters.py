@@ -65,11 +65,14 @@ class Filters:
                 raise RecipeError(f"filters: min_{name} = {least} must be at least 1 and at most max_{name} = {most}.")
         if self.max_characters is not None and not 1 <= self.max_characters <= 65534:
             raise RecipeError(f"filters: max_characters = {self.max_characters} must be from 1 to 65534, all that an index counts.")
-        if self.max_aspect is not None and self.max_aspect < 1:
+        if self.max_aspect is not None and not self.max_aspect >= 1:
             raise RecipeError(f"filters: max_aspect = {self.max_aspect} must be at least 1, which is a square.")
         for column, (least_score, most_score) in (self.scores or {}).items():
             if least_score is None and most_score is None:
                 raise RecipeError(f"filters: scores.{column} has neither end. State one, or leave the column out.")
+            ends = [end for end in (least_score, most_score) if end is not None]
+            if not ends[0] <= ends[-1]:  # so it is with NaN, too
+                raise RecipeError(f"filters: scores.{column} = {ends} leaves nothing. State the least first, then the most.")
 
     @property
     def any(self) -> bool:
@@ -136,7 +139,7 @@ class Select:
             drop(rows["characters"] < filters.min_characters, "caption too short")
         if filters.max_characters is not None:
             drop(rows["characters"] > filters.max_characters, "caption too long")
-        sides = np.sort(np.stack([rows["width"], rows["height"]]), axis=0)
+        sides = np.sort(np.stack([rows["width"], rows["height"]], dtype=np.int64), axis=0)
         if filters.min_side is not None:
             drop(sides[0] < filters.min_side, "picture too small")
         if filters.max_aspect is not None:

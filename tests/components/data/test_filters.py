@@ -333,7 +333,9 @@ def test_mistakes_are_told(shards, tmp_path):
     "stated",
     [
         {"min_characters": 0}, {"min_characters": 9, "max_characters": 8}, {"max_characters": 70000}, {"min_side": 0},
-        {"max_aspect": 0.5}, {"scores": {"similarity": (None, None)}},
+        {"max_aspect": 0.5}, {"max_aspect": float("nan")}, {"scores": {"similarity": (None, None)}},
+        {"scores": {"similarity": (0.5, 0.3)}}, {"scores": {"similarity": (float("nan"), None)}},
+        {"scores": {"similarity": (0.1, float("nan"))}},
     ],
     ids=str,
 )  # fmt: skip
