@@ -59,12 +59,13 @@ def encode_within(
         BadSample: As `encode`, or the rounds up to the last picture are longer than `max_length`.
     """
     ids, labels, ends = _encode(turns, num_images, tokenizer, template, [image_token_id] * tokens_per_image)
-    truncated = max_length is not None and len(ids) > max_length
+    limit = len(ids) if max_length is None else max_length
+    truncated = len(ids) > limit
     if truncated:  # a row is written from left to right: what comes later changes nothing of what stands there
         last_picture = max((number for number, turn in enumerate(turns) if IMAGE_PLACEHOLDER in turn.text), default=0)
-        fitting = [end for number, end in enumerate(ends) if end <= max_length and number >= last_picture // 2]
+        fitting = [end for number, end in enumerate(ends) if end <= limit and number >= last_picture // 2]
         if not fitting:
-            raise BadSample(f"longer than data.max_length = {max_length} tokens even without its last turns. Raise max_length.")
+            raise BadSample(f"longer than data.max_length = {limit} tokens even without its last turns. Raise max_length.")
         ids, labels = ids[: fitting[-1]], labels[: fitting[-1]]
     targets = np.array(labels, dtype=np.int64)
     if (targets == IGNORE_INDEX).all():

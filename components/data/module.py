@@ -9,8 +9,9 @@ from lightning import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
 
-from components.batch import Batch, pack
+from components.batch import Batch, SampleFormat, pack
 from components.data.micro_batches import FromStep, MicroBatches, TrainBatches, ValidationBatches
 from components.data.order import BLOCK, Mixture, Shards
 from components.data.preparation import Preparation, null_document
@@ -96,12 +97,7 @@ class InstructionData(LightningDataModule):
         model: Any = trainer.lightning_module
         self.layout = model.sample_format()
         self.tokenizer = load_tokenizer(self.layout.tokenizer)
-        self.preparation.try_out(self.tokenizer, self.layout)
-        for name, source in self.sources.items():
-            try:
-                self.preparation.overridden(source.overrides).try_out(self.tokenizer, self.layout)
-            except RecipeError as error:
-                raise RecipeError(f"data.sources.{name}.overrides: {error}") from error
+        self.try_out(self.tokenizer, self.layout)
         if stage in ("test", "predict"):  # questions alone: the sources may be elsewhere
             return
         self.micro_batches = trainer.accumulate_grad_batches
@@ -121,6 +117,19 @@ class InstructionData(LightningDataModule):
         check_ranks_agree(problem, {} if problem else self._view())
         if stage == "fit":
             self._announce()
+
+    def try_out(self, tokenizer: PreTrainedTokenizerBase, layout: SampleFormat) -> None:
+        """A template that does not suit the tokenizer shows here, not in a worker at the first sample.
+
+        Raises:
+            RecipeError: Not even a question of one letter can be prepared.
+        """
+        self.preparation.try_out(tokenizer, layout)
+        for name, source in self.sources.items():
+            try:
+                self.preparation.overridden(source.overrides).try_out(tokenizer, layout)
+            except RecipeError as error:
+                raise RecipeError(f"data.sources.{name}.overrides: {error}") from error
 
     def _open(self) -> None:
         for name, source in self.sources.items():

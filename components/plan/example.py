@@ -1,6 +1,6 @@
 """Example: samples of a recipe as the model reads them, its own where data and tokenizer are at hand."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -68,7 +68,7 @@ def example_of(first: FirstSamples, micro_batch: int, shown: int = 1) -> Example
     Raises:
         RecipeError: There is no such template.
     """
-    preparation, layout = first.data.preparation, first.layout
+    layout = first.layout
     if first.prepared and first.tokenizer is not None:
         ordered = first.prepared
         if shown == 1:
@@ -78,13 +78,14 @@ def example_of(first: FirstSamples, micro_batch: int, shown: int = 1) -> Example
         return Example(samples, documents, micro_batch, preparations, first.tokenizer, layout, [])
     remarks = []
     tokenizer = first.tokenizer
+    sample, preparation = first.any_sample() or (None, first.data.preparation)
     if tokenizer is None:
         remarks.append(f"{first.no_tokenizer}: words of ShapesWorld are one token here, other text one a byte")
         tokenizer = WordTokenizer(list(WORDS)).build()
         if preparation.template == OF_TOKENIZER:
             remarks.append("the template is the tokenizer's own, so the template brief takes its place")
-            preparation = Preparation("brief", preparation.decoding, preparation.image_mode, preparation.max_length)
-    if sample := first.any_sample():
+            preparation = replace(preparation, template="brief")
+    if sample is not None:
         try:
             document = preparation.document(sample, tokenizer, layout)
             return Example([sample], [document], micro_batch, [preparation], tokenizer, layout, remarks)
@@ -92,7 +93,7 @@ def example_of(first: FirstSamples, micro_batch: int, shown: int = 1) -> Example
             pass
     remarks.insert(0, "no sample of the data is on this machine: the program has drawn a scene")
     drawn = [_scene(number, layout.image_size) for number in range(max(shown, min(micro_batch, MAX_DOCUMENTS)))]
-    longer = Preparation(preparation.template, preparation.decoding, preparation.image_mode, max_length=10**6)
+    longer = replace(preparation, max_length=10**6)
     documents = [longer.document(sample, tokenizer, layout) for sample in drawn]
     return Example(drawn[:shown], documents, micro_batch, [preparation] * shown, tokenizer, layout, remarks)
 

@@ -92,7 +92,7 @@ class FirstSamples:
         except RecipeError:
             self.no_tokenizer = f"the tokenizer {self.layout.tokenizer} is not on this machine"
         if self.tokenizer is not None:
-            self.data.preparation.try_out(self.tokenizer, self.layout)
+            self.data.try_out(self.tokenizer, self.layout)
         data = self.data
         missing = {name: _open(source) for name, source in data.sources.items()}
         # what a source that is not here would draw by its epochs is not known: the same as each of the others
@@ -133,14 +133,15 @@ class FirstSamples:
             except BadSample as error:
                 self.bad.append(f"{source.where(index)}: {error}")
 
-    def any_sample(self) -> Sample | None:
-        """The first usable sample of a source that is at hand; it needs no tokenizer."""
+    def any_sample(self) -> tuple[Sample, Preparation] | None:
+        """The first usable sample of a source that is at hand, and how that is prepared; it needs no tokenizer."""
         for share, source in zip(self.shares, self.data.sources.values(), strict=True):
             for index in [] if share.missing else source.train_indices(np.arange(min(MEASURED, source.num_samples))):
                 try:
-                    return source.sample(int(index), np.random.default_rng(self.data.seed))
+                    sample = source.sample(int(index), np.random.default_rng(self.data.seed))
                 except BadSample:
                     continue
+                return sample, self.data.preparation.overridden(source.overrides)
         return None
 
     def lengths(self, stated: Assumptions) -> Lengths | None:

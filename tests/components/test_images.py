@@ -172,7 +172,17 @@ def text_bomb() -> bytes:
     return png_header(4, 4) + text + png_chunk(b"IDAT", b"")
 
 
+def scan_bomb() -> bytes:
+    """A progressive JPEG whose last scan is there 200 times: each costs a pass over the whole picture."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(buffer, "JPEG", progressive=True)
+    data = buffer.getvalue()
+    last = data.rindex(b"\xff\xda")
+    return data[:-2] + 200 * data[last:-2] + data[-2:]
+
+
 HOSTILE = {
+    "scan bomb": (scan_bomb, r"JPEG has 2\d\d scans; the limit is 100"),
     "empty": (lambda: b"", r"empty \(0 bytes\)"),
     "too many bytes": (lambda: b"\xff\xd8" + bytes(32 * 2**20), "33554434 bytes; the limit is 33554432"),
     "web page": (lambda: b"<html><body>404 Not Found</body></html>", "not a JPEG, PNG, WEBP, GIF or BMP file"),

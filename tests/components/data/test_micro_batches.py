@@ -16,12 +16,13 @@ from components.data import InstructionData, LlavaConversations, Preparation, Sa
 from components.data.preparation import null_document
 from components.data.quarantine import Quarantine
 from components.errors import BadSample, RecipeError
-from components.images import decode, to_square
+from components.images import decode, square, to_square
 from components.shapes_world import WORDS
 from components.tokenizer import WordTokenizer
 from components.turns import Turn
 from tests.components.data.small_data import LAYOUT, TOKENIZER, opened, shapes
 from tests.components.small_tokenizers import chat_tokenizer
+from tests.natural_pictures import jpegs
 
 # --- what is in a batch
 
@@ -152,6 +153,20 @@ def test_the_template_of_the_tokenizer(tmp_path: Path) -> None:
     assert len(answers) == 8 * 3
     assert not any("<|im_start|>" in answer or "\n" in answer for answer in answers)
     assert data.preparation.end_token_id(data.tokenizer) == batch.targets[-1]
+
+
+def test_fast_images_reach_the_pixels(tmp_path: Path) -> None:
+    (picture,) = jpegs(1, (300, 500))
+    sample = Sample("one", [Turn("user", "<image>"), Turn("assistant", "red")], [picture])
+    layout = replace(LAYOUT, image_size=224)
+    exact, fast = (
+        Preparation("brief", "upright", "crop", 100, fast).document(sample, TOKENIZER, layout).pixels[0] for fast in (False, True)
+    )
+    assert (fast == square(picture, 224, "crop", LAYOUT.image_mean, fast=True)).all()
+    assert (exact == square(picture, 224, "crop", LAYOUT.image_mean)).all()
+    assert (fast != exact).any()
+    data = opened({"shapes": shapes()}, tmp_path, fast_images=True)
+    assert data.preparation.fast_images
 
 
 # --- bad samples

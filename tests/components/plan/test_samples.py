@@ -45,7 +45,7 @@ def test_shares_and_epochs_of_what_is_at_hand(captions):
     assert "nowhere/captions.json" in first.shares[1].missing and not first.shares[0].missing
     assert not first.complete
     assert first.lengths(Assumptions()) is None
-    assert first.any_sample().id == "0"
+    assert first.any_sample()[0].id == "0"
 
 
 def test_the_mean_sample_is_that_of_the_documents_training_makes():
