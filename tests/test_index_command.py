@@ -208,6 +208,17 @@ def test_numbers_that_img2dataset_did_not_write_whole_are_a_note(capsys):
     assert counted(text, "img2dataset: count") == 31
 
 
+def test_numbers_of_many_shards_are_those_of_each(capsys, monkeypatch):
+    """A few shards are added up at a time."""
+    written = []
+    for together in (1, 2, 32):
+        monkeypatch.setattr("components.data.index_report._TOGETHER", together)
+        assert index("--shards", "shards/*.tar") == 0
+        written.append(Path("shards/index/index.html").read_text())
+        assert counted(capsys.readouterr().out, "img2dataset: count") == 108
+    assert len(set(written)) == 1 and f"00001.tar</td><td>{len(np.load('shards/index/00001.rows.npy'))}</td><td>35" in written[0]
+
+
 def test_all_problems_are_written_and_a_few_are_shown(capsys, monkeypatch):
     monkeypatch.setattr("components.index_command.LISTED", 20)
     made = pairs(7, 30)

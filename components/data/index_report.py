@@ -23,6 +23,7 @@ from components.shards.tar import Problem
 LISTED = 200
 """Samples, or shards, that a page lists one by one; the files beside the index have them all."""
 IN_TERMINAL = 5
+_TOGETHER = 32  # shards that a process adds up, so that few numbers wait to be added
 _SHOWN = ("count", "successes", "failed_to_download", "failed_to_resize")
 """What img2dataset counts, in the order of the table."""
 _PICTURES = (("characters", "caption", "characters"), ("width", "picture width", "pixels"), ("height", "picture height", "pixels"))
@@ -90,21 +91,24 @@ def report_of_shards(name: str, index: ShardIndex, audits: list[Audit], storage:
         processes: Processes that share the work, >= 1.
     """
     found = SourceReport(name, int(index.sizes.sum()), files=len(index.names))
-    unread = []
     for audit in audits:
         found.num_bytes += audit.size
         found.problems.update(audit.counts)
     totals: dict[str, Counts] = {}
-    for shard, (stats, counts) in enumerate(in_parallel(_Look(index, storage), range(len(index.names)), processes, "report")):
-        for column, some in counts.items():
-            totals[column] = totals[column] + some if column in totals else some
-        if isinstance(stats, str):
-            unread.append(stats)
-            continue
-        found.stats.update({key: stats[key] for key in _SHOWN if isinstance(stats.get(key), int)})
-        expected = stats.get("successes")
-        if isinstance(expected, int) and expected != index.sizes[shard]:
-            found.differences.append((index.names[shard], int(index.sizes[shard]), expected))
+    unread = []
+    firsts = range(0, len(index.names), _TOGETHER)
+    for first, (some, counts) in zip(
+        firsts, in_parallel(_Look(index, storage), firsts, processes, "report", f"{_TOGETHER} shards"), strict=True
+    ):
+        _add(totals, counts)
+        for shard, stats in enumerate(some, start=first):
+            if isinstance(stats, str):
+                unread.append(stats)
+                continue
+            found.stats.update({key: stats[key] for key in _SHOWN if isinstance(stats.get(key), int)})
+            expected = stats.get("successes")
+            if isinstance(expected, int) and expected != index.sizes[shard]:
+                found.differences.append((index.names[shard], int(index.sizes[shard]), expected))
     if unread:
         found.notes.append(f"img2dataset's numbers of {len(unread):,} shards are left out: {unread[0]}")
     found.histograms = [(title, unit, totals[column]) for column, title, unit in _PICTURES if column in totals]
@@ -113,14 +117,28 @@ def report_of_shards(name: str, index: ShardIndex, audits: list[Audit], storage:
     return found
 
 
+def _add(totals: dict[str, Counts], counts: dict[str, Counts]) -> None:
+    for column, some in counts.items():
+        totals[column] = totals[column] + some if column in totals else some
+
+
 @dataclass
 class _Look:
-    """A shard's number in; img2dataset's numbers, or why they cannot be read, and counts of the columns of its index out."""
+    """The number of the first of a few shards in; img2dataset's numbers of each, or why they cannot be read, and counts of the
+    columns of their index out.
+    """
 
     index: ShardIndex
     storage: Storage
 
-    def __call__(self, shard: int) -> tuple[dict[str, Any] | str, dict[str, Counts]]:
+    def __call__(self, first: int) -> tuple[list[dict[str, Any] | str], dict[str, Counts]]:
+        totals: dict[str, Counts] = {}
+        shards = range(first, min(first + _TOGETHER, len(self.index.names)))
+        for shard in shards:
+            _add(totals, self.counts(shard))
+        return [self.stats(self.index.names[shard]) for shard in shards], totals
+
+    def counts(self, shard: int) -> dict[str, Counts]:
         rows = self.index.rows(shard)
         counts = {column: Counts.of(rows[column]) for column, _, _ in _PICTURES} if len(rows) else {}
         known = rows[(rows["width"] > 0) & (rows["height"] > 0)]
@@ -128,7 +146,7 @@ class _Look:
             # hundredths of an octave: few enough values to be added up over thousands of shards
             octaves = np.log2(known["width"].astype(np.float64) / known["height"])
             counts["aspect"] = Counts.of(np.exp2(np.round(octaves * 100) / 100))
-        return self.stats(self.index.names[shard]), counts
+        return counts
 
     def stats(self, url: str) -> dict[str, Any] | str:
         try:
