@@ -158,20 +158,19 @@ class Search:
         for row, others in sorted(candidates.items()):
             data = read(row)
             digest = np.frombuffer(hashlib.sha256(data).digest(), dtype=np.uint8)
-            equal = [
-                int(found) for found in self.order[first[row] : last[row]] if np.array_equal(evaluation.digests[found], digest)
-            ]
-            of_row = [Match(row, found, "exact", 0) for found in equal]
+            candidate = self.order[first[row] : last[row]]
+            equal = candidate[(evaluation.digests[candidate] == digest).all(axis=1)]
+            all_found.update(equal.tolist())
+            of_row = [Match(row, found, "exact", 0) for found in equal[:_MOST].tolist()]
             if others:
                 others.sort()
                 gray = np.broadcast_to(picture_gray(data), (len(others), SIDE, SIDE))
                 alike = same_picture(gray, evaluation.grays[self.firsts[[group for _, group in others]]])
-                for (distance, group), yes in zip(others, alike, strict=True):
-                    if yes:
-                        groups.add(group)
-                        near_ones = self.groups[group][: _MOST + len(equal)].tolist()
-                        of_row += [Match(row, found, "near", distance) for found in near_ones if found not in equal]
-            all_found.update(equal)
+                for distance, group in [other for other, yes in zip(others, alike, strict=True) if yes]:
+                    groups.add(group)
+                    if len(of_row) < _MOST:
+                        rest = np.setdiff1d(self.groups[group], equal)[:_MOST].tolist()
+                        of_row += [Match(row, found, "near", distance) for found in rest]
             matches += of_row[:_MOST]
         return matches, all_found.union(*(self.groups[group].tolist() for group in groups))
 

@@ -59,7 +59,9 @@ class ShardFiles:
         path = self.path(shard, "npy")
         array = whole(path, int(self.index.sizes[shard]))
         if array is None:
-            raise RecipeError(f"{path} is missing or damaged. Run python main.py index again, as it was run for these shards.")
+            raise RecipeError(
+                f"{path} is missing or damaged. Run python main.py index --config RECIPE, with the recipe of this run."
+            )
         known = self._open[shard] = array if derive is None else derive(array)
         if len(self._open) > OPEN:
             self._open.popitem(last=False)
