@@ -98,7 +98,9 @@ class Benchmark:
     def ways(self) -> dict[str, Way]:
         llava = LlavaPixels()
         return {
-            "limit: libjpeg-turbo decodes, no loader": self.limit,
+            "limit: libjpeg-turbo decodes, no loader": lambda: self.alone(simplejpeg.decode_jpeg),
+            "our fast path, no loader": lambda: self.alone(fast),
+            "our exact path, no loader": lambda: self.alone(exact),
             "tar shards, fast": lambda: self.ours(self.shards(), fast_images=True),
             "tar shards, exact": lambda: self.ours(self.shards(), fast_images=False),
             "tar shards, no pictures": lambda: self.ours(self.shards(), blank=True),
@@ -113,9 +115,9 @@ class Benchmark:
             "plain dataset, no pictures": lambda: self.plain(nothing),
         }
 
-    def limit(self) -> None:
+    def alone(self, picture: Picture) -> None:
         for number in range(self.samples):
-            simplejpeg.decode_jpeg(self.pictures[number % len(self.pictures)])
+            picture(self.pictures[number % len(self.pictures)])
 
     def shards(self) -> Source:
         return TarShards(str(self.folder / "{00000..00019}.tar"), str(self.folder / "index"))
