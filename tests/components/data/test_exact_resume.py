@@ -86,6 +86,14 @@ def test_interrupted_anywhere_and_continued_on_any_ranks(number: int, tmp_path: 
     assert all(len(step) == 16 for step in whole)
 
 
+def test_two_ranks_then_one_then_four(tmp_path: Path) -> None:
+    case = Case(44)
+    case.steps, case.interruptions, case.lives, case.changes = 9, [0, 4, 7], [(2, 2, 0), (1, 1, 0), (4, 1, 0)], {}
+    whole = case.steps_of(tmp_path, (1, 1, 0), 0, 9)
+    lives = [case.steps_of(tmp_path, life, *of) for life, of in zip(case.lives, ((0, 4), (4, 7), (7, 9)), strict=True)]
+    assert [step for life in lives for step in life] == whole
+
+
 @pytest.mark.parametrize("number", range(24, 44))
 def test_every_epoch_of_every_source_is_dealt_exactly_once(number: int, tmp_path: Path) -> None:
     """To any ranks and micro-batches: a source that has been drawn d times has given each sample d // n or d // n + 1 times."""
