@@ -88,10 +88,9 @@ def test_interrupted_anywhere_and_continued_on_any_ranks(number: int, tmp_path: 
 
 def test_two_ranks_then_one_then_four(tmp_path: Path) -> None:
     case = Case(44)
-    case.steps, case.interruptions, case.lives, case.changes = 9, [0, 4, 7], [(2, 2, 0), (1, 1, 0), (4, 1, 0)], {}
     whole = case.steps_of(tmp_path, (1, 1, 0), 0, 9)
-    lives = [case.steps_of(tmp_path, life, *of) for life, of in zip(case.lives, ((0, 4), (4, 7), (7, 9)), strict=True)]
-    assert [step for life in lives for step in life] == whole
+    lives = [((2, 2, 0), 0, 4), ((1, 1, 0), 4, 7), ((4, 1, 0), 7, 9)]
+    assert [step for life in lives for step in case.steps_of(tmp_path, *life)] == whole
 
 
 @pytest.mark.parametrize("number", range(24, 44))
