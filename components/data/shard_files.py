@@ -128,7 +128,7 @@ def in_parallel(
     context = multiprocessing.get_context("fork")  # what is open here need not be opened again
     try:
         with ProcessPoolExecutor(processes, context, _hold, (work,)) as pool:
-            yield from bar(pool.map(_call, numbers))
+            yield from bar(pool.map(_call, numbers, chunksize=1 + len(numbers) // 10_000))  # or messages cost more than the work
     except BrokenProcessPool as error:
         raise RecipeError(
             f"{label}: a process ended before its work was done; perhaps for want of memory. Start again with fewer --processes: "
