@@ -15,7 +15,7 @@ from components.atomic import save
 from components.data.decontamination import NEAR, find_overlaps, overlaps_of
 from components.data.filters import open_selection, select
 from components.data.histograms import Counts
-from components.data.index_report import LISTED, SourceReport, in_html, in_text, report_of_shards
+from components.data.index_report import LISTED, SourceReport, in_html, in_text, printable, report_of_shards
 from components.data.sources import Source, TarShards
 from components.data.token_lengths import UNUSABLE, Measure, measure
 from components.errors import RecipeError
@@ -98,7 +98,7 @@ def _index_recipe(options: Namespace, rest: list[str], files: list[str]) -> int:
         first.prepare(options.show)
         file = options.page or RUNS / run / SAMPLES
         write(file, page(run, "", example_of(first, options.show, options.show)))
-        print("\n".join([*first.bad, f"The first {options.show} samples of the run as they are trained: {file}"]))
+        print("\n".join([*map(printable, first.bad), f"The first {options.show} samples of the run as they are trained: {file}"]))
     return 0
 
 

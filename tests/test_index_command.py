@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 from small_recipe import fit, write_recipe
 
 import main
@@ -263,3 +264,13 @@ def test_two_sources_with_one_folder_for_their_indexes_are_told(folder, capsys):
     del tree["data"]["sources"]["other"]
     file.write_text(yaml.safe_dump(tree))
     assert index("--config", str(file)) == 0
+
+
+def test_names_of_bad_samples_are_shown_as_text(folder, capsys):
+    made = pairs(7, 4)
+    Image.effect_noise((64, 64), 100).save(buffer := io.BytesIO(), "JPEG")
+    made[2].picture = buffer.getvalue()[:-1000]  # its size can be read
+    write_shard(Path("odd"), "\x1b[2Jgone", made)
+    assert index("--config", str(recipe(folder, shards="odd/*.tar", index="odd/index")), "--show", "4") == 0
+    text = capsys.readouterr().out
+    assert "odd/\\x1b[2Jgone.tar, sample 2" in text and "\x1b" not in text

@@ -177,10 +177,10 @@ def in_text(reports: Iterable[SourceReport]) -> str:
                 f"    {shard} {problem.key} {problem.kind}: {problem.reason}" for shard, problem in report.first[:IN_TERMINAL]
             ]
         lines += [f"  {note}" for note in report.notes]
-    return "\n".join(map(_printable, lines))
+    return "\n".join(map(printable, lines))
 
 
-def _printable(line: str) -> str:
+def printable(line: str) -> str:
     """Names of shards and members may hold what moves the cursor of a terminal, and what is no text at all."""
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in line)
 
