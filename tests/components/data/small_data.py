@@ -30,6 +30,7 @@ def opened(
     ranks: int = 1,
     accumulate: int = 1,
     step: int = 0,
+    max_steps: int = 6,
     layout: SampleFormat = LAYOUT,
     **options: Any,
 ) -> InstructionData:
@@ -37,7 +38,8 @@ def opened(
     data = InstructionData(sources, **{"template": "brief", "global_batch_size": 8, "num_workers": 0} | options)
     data.trainer = SimpleNamespace(  # type: ignore[assignment]
         state=SimpleNamespace(fn=TrainerFn.FITTING),
-        accumulate_grad_batches=accumulate, world_size=ranks, global_rank=rank, global_step=step, max_steps=6, log_dir=str(folder),
+        accumulate_grad_batches=accumulate, world_size=ranks, global_rank=rank, global_step=step, max_steps=max_steps,
+        log_dir=str(folder),
         lightning_module=SimpleNamespace(sample_format=lambda: layout),
         strategy=SimpleNamespace(root_device=torch.device("cpu")),
     )  # fmt: skip

@@ -52,12 +52,10 @@ class Case:
 
     def data(self, folder: Path, rank: int, ranks: int, accumulate: int, workers: int, step: int) -> InstructionData:
         sources = {name: ShardedTexts(name, *of) for name, of in self.sources.items()}
-        data = opened(
+        return opened(
             sources, folder, rank=rank, ranks=ranks, accumulate=accumulate, step=step, global_batch_size=16, seed=self.seed,
-            num_workers=workers, weight_changes=self.changes,
+            num_workers=workers, weight_changes=self.changes, max_steps=self.steps,
         )  # fmt: skip
-        data.trainer.max_steps = self.steps
-        return data
 
     def steps_of(self, folder: Path, life: tuple[int, int, int], first: int, end: int) -> list[list[tuple]]:
         """What all ranks together train in the optimizer steps of a life: names and tokens of the samples, sorted."""
@@ -88,6 +86,7 @@ def test_interrupted_anywhere_and_continued_on_any_ranks(number: int, tmp_path: 
 
 def test_two_ranks_then_one_then_four(tmp_path: Path) -> None:
     case = Case(44)
+    case.steps, case.changes = 9, {5: {"source 0": 0.5}}
     whole = case.steps_of(tmp_path, (1, 1, 0), 0, 9)
     lives = [((2, 2, 0), 0, 4), ((1, 1, 0), 4, 7), ((4, 1, 0), 7, 9)]
     assert [step for life in lives for step in case.steps_of(tmp_path, *life)] == whole
