@@ -35,6 +35,11 @@ TO_THEIR_EDGE = {
     "recipes/own_pictures": "needs pictures of one's own; resolved here, run on small files below",
     "recipes/own_conversations": "needs pictures of one's own; resolved here",
     "recipes/quickstart": "3 minutes; resolved here, run whole in the slow tests",
+    "main.py index": "needs data; small shards are indexed in tests/test_index_command.py, here its options are read",
+    "img2dataset": "needs the network and img2dataset; not run",
+    "hf download": "needs the network; not run",
+    "sed -i": "puts names over the columns of a downloaded file; run on a small one",
+    "tests.benchmarks": "minutes each, run for the figures; here the modules are found",
     "NAME": "a pattern; not run",
     "pytest": "this test run itself",
     "source .venv": "done by the test command",
@@ -122,6 +127,7 @@ def test_recipe_block_resolves(tmp_path, monkeypatch, capsys):
         ("monitor: gqa_partial/accuracy", "llava15_7b_finetune"),
         ("max_skipped_steps", "llava15_7b_finetune"),
         ("shards: 128", "meta_llava_13b_pretrain"),
+        ("class_path: components.data.TarShards", "own_pictures"),
     ],
 )
 def test_overlay_blocks_resolve_over_a_recipe(words, recipe, tmp_path, capsys):
@@ -140,7 +146,7 @@ def test_overlay_blocks_resolve_over_a_recipe(words, recipe, tmp_path, capsys):
 def assert_holds(resolved, stated):
     for key, value in stated.items():
         if isinstance(value, dict):
-            assert_holds(resolved[key], value)
+            assert_holds(resolved[key if key in resolved else str(key)], value)  # a resolved recipe has names for keys, no numbers
         else:
             assert resolved[key] == value, key
 
@@ -156,7 +162,7 @@ def test_plans_are_as_shown(tmp_path, monkeypatch, capsys):
     assert [line for line in shown if line not in printed] == []
 
 
-@pytest.mark.parametrize("command", ["ask", "import", "export", "score", "compare"])
+@pytest.mark.parametrize("command", ["ask", "import", "export", "score", "compare", "index"])
 def test_options_of_commands_without_a_recipe_exist(command, capsys):
     with pytest.raises(SystemExit):
         main.main([command, "--help"])
@@ -165,6 +171,23 @@ def test_options_of_commands_without_a_recipe_exist(command, capsys):
     assert lines
     for line in lines:
         assert all(option in options for option in re.findall(r"--\w+", line)), line
+
+
+def test_columns_of_a_downloaded_file_get_their_names(tmp_path, monkeypatch):
+    command = next(line for line in bash_lines() if line.startswith("sed -i"))
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    Path("data/cc3m.tsv").write_text("a cat\thttps://example.org/cat.jpg\n")
+    subprocess.run(["bash", "-c", command], check=True)
+    assert Path("data/cc3m.tsv").read_text() == "caption\turl\na cat\thttps://example.org/cat.jpg\n"
+
+
+def test_benchmarks_are_there():
+    lines = [line for line in bash_lines() if "-m tests.benchmarks" in line]
+    assert lines
+    for line in lines:
+        for name in line.partition("tests.benchmarks ")[2].split():
+            assert (ROOT / f"tests/benchmarks/{name}.py").is_file(), line
 
 
 def test_ask_and_tensorboard_explain_themselves(capsys):

@@ -30,9 +30,10 @@ class TarShards(Source):
         index: Folder of their index.
         window: Shards that are shuffled together, >= 1. Each worker process reads so many at a time.
         filters: Which samples are used.
-        weight: Relative weight in the mixture, > 0; null where `epochs` or `samples` says how much is drawn.
-        epochs: How often a run draws each of its samples, > 0, instead of a weight.
-        samples: How many samples a run draws from it, >= 1, instead of a weight.
+        weight: Relative weight in the mixture, >= 0; 0 is not drawn before `data.weight_changes` says so. Null where `epochs` or
+            `samples` says how much is drawn.
+        epochs: How often a run draws each of its samples, > 0, instead of a weight; to a thousandth of the run.
+        samples: How many samples a run draws from it, >= 1, instead of a weight; to a thousandth of the run.
         validation_fraction: Share of the pairs that is never trained on and gives `val/loss`, in [0, 1).
         overrides: What it prepares otherwise than the rest.
 
@@ -71,7 +72,7 @@ class TarShards(Source):
             RecipeError: There is none of these shards.
         """
         self.rows_of = ShardIndex.open(self.index, expand_all(self.shards), self.shards)
-        self.storage = Storage()
+        self.storage = Storage(max_open=max(64, self.window))
         self.starts = np.concatenate([[0], np.cumsum(self.rows_of.sizes)])
 
     def setup(self) -> None:
