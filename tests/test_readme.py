@@ -38,6 +38,7 @@ TO_THEIR_EDGE = {
     "main.py index": "needs data; small shards are indexed in tests/test_index_command.py, here its options are read",
     "img2dataset": "needs the network and img2dataset; not run",
     "hf download": "needs the network; not run",
+    "curl -L": "needs the network; not run",
     "sed -i": "puts names over the columns of a downloaded file; run on a small one",
     "tests.benchmarks": "minutes each, run for the figures; here the modules are found",
     "NAME": "a pattern; not run",
