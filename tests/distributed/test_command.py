@@ -50,7 +50,7 @@ def command(recipe: Path, name: str = "fit", *options: str, launcher: tuple[str,
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
