@@ -115,12 +115,9 @@ LARGEST = {
 @pytest.mark.parametrize("decoding", ["llava", "upright"])
 @pytest.mark.parametrize("case", LARGEST)
 def test_the_largest_pictures_stay_below_the_bound(case: str, decoding: str, capsys: pytest.CaptureFixture[str]) -> None:
-    for fast, mode in ((False, "pad"), (False, "crop"), (True, "pad"), (True, "crop")):
-        start = time.perf_counter()
-        peak, refused = needed(LARGEST[case], decoding, fast, mode)
+    for fast in (False, True) if "JPEG" in case or case == "tall strip" else (False,):  # all else takes the exact path
+        peak, refused = needed(LARGEST[case], decoding, fast)
         with capsys.disabled():
-            print(
-                f"\n{case}, {decoding}, {mode}, {'fast' if fast else 'exact'}: {peak:.0f} MiB, {time.perf_counter() - start:.1f} s"
-            )
+            print(f"\n{case}, {decoding}, {'fast' if fast else 'exact'}: {peak:.0f} MiB")
         assert refused == ""
         assert peak < BOUND
