@@ -10,6 +10,8 @@ from typing import ClassVar
 import numpy as np
 from jaxtyping import Float64, Int64, UInt64
 
+from components.annotations import Annotations
+from components.data.permutation import mix
 from components.errors import RecipeError
 from components.images import Decoding, SquareMode
 from components.turns import Turn
@@ -175,11 +177,16 @@ class Source(ABC):
         """Changes when the samples or their order change."""
 
 
-def digest_of_ends(path: str) -> str:
+def file_fingerprint(records: Annotations) -> str:
+    """File name, size, number of records and a digest of the file's ends."""
+    return f"{records.path.name}:{records.size}:{len(records)}:{_digest_of_ends(records.path)}"
+
+
+def _digest_of_ends(path: Path) -> str:
     """Of the first and the last MiB: notices an edit of equal length there, and costs the same for a file of any size."""
-    with Path(path).open("rb") as file:
+    with path.open("rb") as file:
         first = file.read(_MIB)
-        file.seek(max(0, Path(path).stat().st_size - _MIB))
+        file.seek(max(0, path.stat().st_size - _MIB))
         return hashlib.blake2b(first + file.read(_MIB), digest_size=8).hexdigest()
 
 
@@ -191,7 +198,4 @@ def group_numbers(names: Iterable[str]) -> UInt64[np.ndarray, " names"]:
 
 def uniform(numbers: UInt64[np.ndarray, " numbers"]) -> Float64[np.ndarray, " numbers"]:
     """Numbers to uniform [0, 1): the finalizer of SplitMix64 (Steele, Lea, Flood 2014)."""
-    x = numbers + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return (x ^ (x >> np.uint64(31))).astype(np.float64) / 2.0**64
+    return mix(numbers + np.uint64(0x9E3779B97F4A7C15)).astype(np.float64) / 2.0**64

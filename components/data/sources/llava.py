@@ -1,12 +1,10 @@
 """LLaVA conversation files: JSON or JSONL with pictures in a folder."""
 
-from pathlib import Path
-
 import numpy as np
 from jaxtyping import Int64, UInt64
 
 from components.annotations import Annotations
-from components.data.sources.base import AS_IN_DATA, BYTES_PER_TOKEN, Overrides, Sample, Source, digest_of_ends, group_numbers
+from components.data.sources.base import AS_IN_DATA, BYTES_PER_TOKEN, Overrides, Sample, Source, file_fingerprint, group_numbers
 from components.data.sources.folder import Folder
 from components.errors import BadSample
 from components.turns import Turn, parse_llava
@@ -97,5 +95,5 @@ class LlavaConversations(Source):
         return f"{self.annotations} with pictures in {self.images}"
 
     def fingerprint(self) -> str:
-        """File name, size, number of records and a digest of the file's ends."""
-        return f"{Path(self.annotations).name}:{self.records.size}:{len(self.records)}:{digest_of_ends(self.annotations)}"
+        """The file."""
+        return file_fingerprint(self.records)

@@ -1,13 +1,12 @@
 """Question and answer files: JSONL with pictures in a folder."""
 
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Int64, UInt64
 
 from components.annotations import Annotations
-from components.data.sources.base import AS_IN_DATA, BYTES_PER_TOKEN, Overrides, Sample, Source, digest_of_ends, group_numbers
+from components.data.sources.base import AS_IN_DATA, BYTES_PER_TOKEN, Overrides, Sample, Source, file_fingerprint, group_numbers
 from components.data.sources.folder import Folder
 from components.errors import BadSample, RecipeError
 from components.turns import Turn
@@ -111,6 +110,5 @@ class QuestionAnswers(Source):
         return f"{self.annotations} with pictures in {self.images}"
 
     def fingerprint(self) -> str:
-        """File name, size, number of rows, a digest of the file's ends, and questions in a sample."""
-        file = f"{Path(self.annotations).name}:{self.records.size}:{len(self.records)}:{digest_of_ends(self.annotations)}"
-        return f"{file}:{self.questions_per_sample}"
+        """The file, and questions in a sample."""
+        return f"{file_fingerprint(self.records)}:{self.questions_per_sample}"

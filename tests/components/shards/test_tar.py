@@ -98,7 +98,7 @@ def test_pax_sizes_and_gnu_binary_sizes_count() -> None:
 
 
 def test_the_writer_of_webdataset(tmp_path) -> None:
-    webdataset = pytest.importorskip("webdataset")
+    webdataset = pytest.importorskip("webdataset", reason="comes with the extra bench; archives of tarfile are compared above")
     path = tmp_path / "0.tar"
     with webdataset.TarWriter(str(path)) as writer:
         for number in range(3):
