@@ -1,4 +1,4 @@
-"""Benchmarks of single rooms: `python -m tests.benchmarks NAME` prints figures. Nothing here is asserted but by slow tests."""
+"""Benchmarks: `python -m tests.benchmarks NAME` prints figures, and with `--readme` writes them there. No test asserts a time."""
 
 import os
 import platform
@@ -6,6 +6,9 @@ import subprocess
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+
+README = Path(__file__).parents[2] / "README.md"
+CLOSING = "<!-- end of benchmark -->"
 
 
 def heading(name: str) -> str:
@@ -30,6 +33,21 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join([f"\n{title}", "", *lines])
+
+
+def publish(name: str, text: str, readme: Path = README) -> None:
+    """Put the tables of a benchmark into the README, between its two comments.
+
+    Args:
+        name: Of the benchmark.
+        text: Heading and tables, as printed.
+        readme: Where.
+    """
+    before, mark, rest = readme.read_text().partition(opening := f"<!-- benchmark: {name} -->\n")
+    old, end, after = rest.partition(CLOSING)
+    if not mark or not end or "<!-- benchmark" in old:
+        raise SystemExit(f"{readme} has no place for this table: a line {opening.strip()} and below it a line {CLOSING}")
+    readme.write_text(f"{before}{mark}{text.strip()}\n{end}{after}")
 
 
 def private_megabytes() -> float:

@@ -1,19 +1,32 @@
-"""Runs one benchmark: `python -m tests.benchmarks NAME [options]`; each is a module here with a `main(arguments)`."""
+"""Runs one benchmark: `python -m tests.benchmarks NAME [options]`; each is a module here with a `main(arguments)`.
+
+What `main` returns is printed; with `--readme` it also takes the place of the benchmark's last tables in README.md.
+"""
 
 import importlib
 import pkgutil
 import sys
 from pathlib import Path
 
-from tests.benchmarks import heading
+from tests.benchmarks import heading, publish
+
+README_FLAG = "--readme"
 
 
 def main(arguments: list[str]) -> None:
     names = sorted(found.name for found in pkgutil.iter_modules([str(Path(__file__).parent)]) if not found.name.startswith("_"))
     if not arguments or arguments[0] not in names:
-        sys.exit(f"python -m tests.benchmarks NAME [options], NAME one of: {', '.join(names)}")
-    print(heading(arguments[0]), flush=True)
-    importlib.import_module(f"tests.benchmarks.{arguments[0]}").main(arguments[1:])
+        sys.exit(f"python -m tests.benchmarks NAME [{README_FLAG}] [options], NAME one of: {', '.join(names)}")
+    name, *options = arguments
+    first_line = heading(name)
+    print(first_line, flush=True)
+    tables = importlib.import_module(f"tests.benchmarks.{name}").main([option for option in options if option != README_FLAG])
+    if tables is not None:
+        print(tables)
+    if README_FLAG in options:
+        if tables is None:
+            sys.exit(f"{name} prints as it goes and returns no tables for the README.")
+        publish(name, f"{first_line.removeprefix('# ')}\n{tables}")
 
 
 if __name__ == "__main__":
