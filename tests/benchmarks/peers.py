@@ -4,6 +4,7 @@ Sources: `LlavaForConditionalGeneration` as transformers' Trainer calls it; `pre
 `LlamaForCausalLM` of the original LLaVA (arXiv 2310.03744), written anew.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -87,7 +88,7 @@ def llava_style_loss(model: VisionLanguageModel, llava: LlavaForConditionalGener
     for row_ids, row_mask, whole_row_labels in zip(inputs["input_ids"], inputs["attention_mask"], inputs["labels"], strict=True):
         ids, labels = row_ids[row_mask.bool()], whole_row_labels[row_mask.bool()]
         markers = [-1, *torch.where(ids == IMAGE_TOKEN_ID)[0].tolist(), len(ids)]
-        texts = [slice(before + 1, after) for before, after in zip(markers[:-1], markers[1:], strict=True)]
+        texts = [slice(before + 1, after) for before, after in pairwise(markers)]
         embeds = model.decoder.embed(torch.cat([ids[text] for text in texts]))
         parts, part_labels = [], []
         for number, part in enumerate(embeds.split([text.stop - text.start for text in texts])):
