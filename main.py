@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+from argparse import ArgumentError
 from difflib import get_close_matches
 
 from components.errors import RecipeError
@@ -29,6 +30,7 @@ WITHOUT_TRAINER = {
     "import": "components.huggingface.importing",
     "export": "components.huggingface.exporting",
 }
+WITHOUT_RECIPE = {"ask", "score", "compare", "import", "export"}
 MAX_ERROR_LINES = 15
 
 
@@ -53,9 +55,14 @@ def main(arguments: list[str]) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if command == "plan":  # which fetches nothing, whatever a recipe names
         os.environ["HF_HUB_OFFLINE"] = "1"
-    from jsonargparse import ArgumentError
-
     try:
+        # every import below waits until it is needed: what a user can mend is told at once, not after seconds of loading torch
+        if command not in WITHOUT_RECIPE:
+            from components.recipe_files import NO_RECIPE, check_recipes
+
+            check_recipes(arguments[1:])
+            if arguments[1:] == [] and command not in WITHOUT_TRAINER:
+                raise RecipeError(NO_RECIPE)
         if command in WITHOUT_TRAINER:
             return importlib.import_module(WITHOUT_TRAINER[command]).main(arguments[1:])
         from components.command_line import RecipeCLI

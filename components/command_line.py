@@ -31,7 +31,7 @@ from components.benchmarks.report import PARTIAL
 from components.data import InstructionData
 from components.errors import RecipeError
 from components.plan.assumptions import Assumptions
-from components.recipe_files import explain, hint, named_recipes, read_recipe
+from components.recipe_files import NO_RECIPE, explain, named_recipes
 from components.run_folder import BEST, CHECKPOINTS, RECIPE, RUNS, STATE, changes, find_checkpoint, newest_checkpoint, run_name
 from components.sharding.refusals import demand_ours, demand_same_sharding, fsdp2_alone
 from components.vlm import VisionLanguageModel
@@ -39,13 +39,9 @@ from components.vlm import VisionLanguageModel
 SECTIONS = {"warmup": Warmup, "throughput": Throughput, "guards": Guards, "checkpoint": Checkpoint, "validation": Validation}
 """Callbacks that are top-level sections of a recipe, so that an overlay merges them key by key."""
 
-KEYS = {"config", "seed_everything", "max_steps", "trainer", "model", "data", "plan", "run", "ckpt_path", *SECTIONS}
-"""What may stand at the top level of a recipe."""
-
 NAME_BENCHMARKS = "Name some with --validation recipes/validation/NAME.yaml."
 _SECONDS_TO_END = 10
 """For the processes that Lightning has started, when this one ends with an error."""
-NO_RECIPE = "No recipe given. Example: python main.py fit --config recipes/quickstart.yaml"
 
 
 class RecipeCLI(LightningCLI):
@@ -112,16 +108,12 @@ class RecipeCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Check the recipe files, then parse; mistakes are told in the words of the recipe."""
+        """Mistakes are told in the words of the recipe, whose files `main.py` has checked."""
         if isinstance(args, dict | Namespace):
             self.config = parser.parse_object(args)
             return
         args = sys.argv[1:] if args is None else args
         recipes = named_recipes(args)
-        for recipe in recipes:
-            # an empty section that nobody knows would pass the parser
-            if unknown := [section for section in read_recipe(Path(recipe)) if section not in KEYS]:
-                raise RecipeError(f"{recipe}: {unknown[0]} is not a section of a recipe.{hint(str(unknown[0]), KEYS)}")
         try:
             self.config = parser.parse_args(args)
         except ArgumentError as error:

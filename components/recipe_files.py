@@ -4,12 +4,24 @@ import re
 from argparse import ArgumentParser
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from components.errors import RecipeError
+
+YAML = (".yaml", ".yml")
+"""How the name of a part file ends."""
+
+KEYS = frozenset(
+    ("config", "seed_everything", "max_steps", "trainer", "model", "data", "plan", "run", "ckpt_path")
+    + ("warmup", "throughput", "guards", "checkpoint", "validation")
+)
+"""What may stand at the top level of a recipe: the keys of the parser, which takes long to build."""
+
+NO_RECIPE = "No recipe given. Example: python main.py fit --config recipes/quickstart.yaml"
 
 _WORDS = (
     (r"Subcommand '\w+' does not accept option '([^']+)'", r"\1 is not a key of a recipe."),
@@ -22,7 +34,27 @@ _WORDS = (
 """What jsonargparse says, and how a recipe's author would say it."""
 
 
-def read_recipe(path: Path) -> dict[str, Any]:
+def check_recipes(arguments: list[str]) -> None:
+    """See that the files which a command names as its recipe are there and can be read, before anything heavy is imported.
+
+    Args:
+        arguments: Those of the command: `--config` names recipe and overlays, and an option such as `--validation` may name the
+            part file of a section.
+
+    Raises:
+        RecipeError: One of them, or a part file that they name, is missing or not YAML, or a recipe has a section that nobody knows.
+    """
+    for recipe in named_recipes(arguments):
+        # an empty section that nobody knows would pass the parser
+        if unknown := [section for section in read_recipe(Path(recipe)) if section not in KEYS]:
+            raise RecipeError(f"{recipe}: {unknown[0]} is not a section of a recipe.{hint(str(unknown[0]), KEYS)}")
+    words = [part for argument in arguments for part in (argument.split("=", 1) if argument.startswith("--") else [argument])]
+    for option, value in pairwise(words):
+        if option.startswith("--") and option[2:].split(".")[0] in KEYS - {"config", "run"} and value.endswith(YAML):
+            _read(Path(value), option)
+
+
+def read_recipe(path: Path) -> dict[Any, Any]:
     """The sections of a recipe file.
 
     Args:
@@ -85,7 +117,7 @@ def _read(path: Path, named_by: str) -> Any:
 
 def _parts(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:
     """Keys and names of the part files in a tree."""
-    if isinstance(tree, str) and tree.endswith((".yaml", ".yml")):
+    if isinstance(tree, str) and tree.endswith(YAML):
         yield key, tree
     elif isinstance(tree, dict | list):
         for name, branch in tree.items() if isinstance(tree, dict) else enumerate(tree):

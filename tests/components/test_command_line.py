@@ -7,6 +7,8 @@ import yaml
 from small_recipe import fit, write_recipe
 
 import main
+from components.command_line import SECTIONS, RecipeCLI
+from components.recipe_files import KEYS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
 
@@ -14,6 +16,23 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+
+
+def test_the_keys_of_a_recipe_are_those_of_the_parser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are written down once more, where no parser need be built to refuse what is not one of them."""
+    keys: dict[str, set[str]] = {}
+
+    def parse(cli: RecipeCLI, parser: object, arguments: object) -> None:
+        keys.update({name: {action.dest.split(".")[0] for action in cli._parser(name)._actions} for name in cli.subcommands()})
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(RecipeCLI, "parse_arguments", parse)
+    with pytest.raises(ZeroDivisionError):
+        fit(write_recipe(tmp_path / "small.yaml"))
+    assert set(SECTIONS) < KEYS
+    for command in ("fit", "validate", "test"):
+        assert keys[command] - {"help", "print_config"} == KEYS
+    assert keys["predict"] > KEYS  # beside the recipe it takes options
 
 
 def test_the_run_is_named_after_recipe_and_overlay_or_as_told(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from components.errors import RecipeError
-from components.recipe_files import explain, hint, named_recipes, read_recipe
+from components.recipe_files import check_recipes, explain, hint, named_recipes, read_recipe
 
 
 @pytest.fixture
@@ -56,6 +56,29 @@ def test_a_recipe_has_sections(text: str, message: str, recipe: Path) -> None:
     recipe.write_text(text)
     with pytest.raises(RecipeError, match=rf"recipe\.yaml {message}"):
         read_recipe(recipe)
+
+
+@pytest.mark.parametrize("section", ["modle: {}", "modle:", "{model.lr: 3}", "3: 4"])
+def test_a_section_that_nobody_knows_is_refused(section: str, recipe: Path) -> None:
+    recipe.write_text(section)
+    with pytest.raises(RecipeError, match=r"recipe\.yaml: .* is not a section of a recipe\."):
+        check_recipes(["--config", str(recipe)])
+
+
+def test_overlays_and_part_files_of_options_are_read(recipe: Path) -> None:
+    recipe.write_text("model: model/small.yaml\n")
+    part, overlay = recipe.parent / "model" / "small.yaml", recipe.with_name("overlay.yaml")
+    overlay.write_text("data: {}\n")
+    given = ["--config", str(recipe), f"--config={overlay}", "--model", str(part), "--run", "not_a_file.yaml"]
+    check_recipes(given)
+    for wrong in ("--model.decoder", "--model"):
+        with pytest.raises(RecipeError, match=rf"^{wrong}: .*gone\.yaml cannot be read"):
+            check_recipes([*given, wrong, str(recipe.with_name("gone.yaml"))])
+        with pytest.raises(RecipeError, match=rf"^{wrong}: .*gone\.yaml cannot be read"):
+            check_recipes([*given, f"{wrong}={recipe.with_name('gone.yaml')}"])
+    overlay.write_text("data: part.yaml\n")
+    with pytest.raises(RecipeError, match=r"overlay\.yaml: data: .*part\.yaml cannot be read"):
+        check_recipes(given)
 
 
 def test_recipes_among_the_arguments() -> None:
