@@ -90,8 +90,10 @@ class Batch:
         """Tokens in the row, visual ones included."""
         return self.input_ids.shape[0]
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        """The batch with its tensors on `device`."""
+    def to(self, device: torch.device | str) -> "Batch":
+        """The batch with its tensors on `device`; the host does not wait until page-locked memory has been copied to a GPU."""
+        # PyTorch gives the memory to nobody else before that; what comes to the CPU could be read before it is there
+        non_blocking = torch.device(device).type != "cpu"
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
