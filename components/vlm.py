@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Float
 from lightning import LightningModule
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 from torch.optim import AdamW, Optimizer
 
@@ -23,6 +22,7 @@ from components.checkpoint_files import load_start
 from components.decoder import Decoder
 from components.errors import RecipeError
 from components.learning_rates import LearningRates
+from components.loss import cross_entropy_sum
 from components.optimizer_step import OptimizerStep, Wishes, divide_gradients
 from components.projector import Projector
 from components.random_streams import random_stream, seed_at
@@ -215,15 +215,17 @@ class VisionLanguageModel(LightningModule):
             return embeds + 0.0 * visual.sum()
         return embeds.index_copy(0, batch.image_positions, visual)
 
-    def forward(self, batch: Batch) -> Float[Tensor, "targets vocab"]:
-        """Packed batch in, logits of the supervised positions out."""
+    def forward(self, batch: Batch, loss: bool = False) -> Float[Tensor, "targets vocab"] | Float[Tensor, ""]:
+        """Packed batch in, logits of the supervised positions out; or the sum of their loss, perhaps without all logits at once."""
         embeds = self.fuse(batch)
-        hidden = self.decoder(embeds, batch.position_ids, batch.cumulative_lengths, batch.max_length)
-        return self.decoder.head(hidden[batch.target_positions])
+        hidden = self.decoder(embeds, batch.position_ids, batch.cumulative_lengths, batch.max_length)[batch.target_positions]
+        if loss:
+            return cross_entropy_sum(self.decoder.head, hidden, batch.targets, self.decoder.vocab_size)
+        return self.decoder.head(hidden)
 
     def loss_sum(self, batch: Batch) -> Float[Tensor, ""]:
         """Sum of the cross-entropy over the supervised tokens of the batch."""
-        return functional.cross_entropy(self(batch).float(), batch.targets, reduction="sum")
+        return self(batch, loss=True)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Address randomness by position, as the data are: a run that continues draws what an uninterrupted one would."""
