@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Float
 from lightning import LightningModule
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from torch.optim import AdamW, Optimizer
 
 from components.batch import Batch, Document, SampleFormat, pack
@@ -25,6 +24,7 @@ from components.learning_rates import LearningRates
 from components.loss import cross_entropy_sum
 from components.optimizer_step import OptimizerStep, Wishes, divide_gradients
 from components.projector import Projector
+from components.prompts import left_padded
 from components.random_streams import random_stream, seed_at
 from components.sharding import agreed, give_memory, gradient_norm, layout_of, shard, whole_shape
 from components.tokenizer import load_tokenizer
@@ -339,12 +339,6 @@ class VisionLanguageModel(LightningModule):
             top_p: Share of the probability mass that is sampled from, in (0, 1].
             end_token_id: Id that ends an answer: that of the conversation template (`Preparation.end_token_id`).
         """
-        batch = pack(prompts).to(self.device)
-        lengths = [len(prompt.input_ids) for prompt in prompts]
-        rows = list(self.fuse(batch).split(lengths))
-        embeds = pad_sequence(rows, batch_first=True, padding_side="left")
-        mask = pad_sequence(
-            [torch.ones(length, dtype=torch.long, device=self.device) for length in lengths], batch_first=True, padding_side="left"
-        )
-        new = self.decoder.generate(embeds, mask, max_new_tokens, end_token_id, temperature, top_p).tolist()
+        embeds, mask, beginnings = left_padded(prompts, lambda documents: self.fuse(pack(documents).to(self.device)))
+        new = self.decoder.generate(embeds, mask, max_new_tokens, end_token_id, temperature, top_p, beginnings).tolist()
         return [row[: row.index(end_token_id) + 1] if end_token_id in row else row for row in new]

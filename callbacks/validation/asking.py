@@ -92,11 +92,22 @@ def raise_together(trainer: Trainer, error: RecipeError | None) -> None:
 
 
 def share(questions: list[Question], rank: int, ranks: int, batch_size: int) -> list[list[Question]]:
-    """The batches of one rank, longest prompts first: as many and as large on every rank, for which some questions are repeated."""
-    ordered = sorted(questions, key=lambda question: (-len(question.images), -len(question.prompt), question.id))
-    each = -(-len(ordered) // ranks)
-    mine = list(itertools.islice(itertools.cycle(ordered), rank, each * ranks, ranks))
-    return [mine[first : first + batch_size] for first in range(0, each, batch_size)]
+    """The batches of one rank: as many and as large on every rank, for which some questions are repeated.
+
+    Questions about the same pictures follow one another, since what their prompts have in common is computed once a batch. The
+    longest prompts come first.
+    """
+    longest: dict[tuple[str, ...], int] = {}
+    for question in questions:
+        longest[question.images] = max(longest.get(question.images, 0), len(question.prompt))
+    ordered = sorted(questions, key=lambda q: (-len(q.images), -longest[q.images], q.images, -len(q.prompt), q.id))
+    batches = []
+    for first in range(0, len(ordered), ranks * batch_size):
+        at_once = ordered[first : first + ranks * batch_size]
+        each = -(-len(at_once) // ranks)
+        filled = itertools.chain(at_once, itertools.cycle(ordered))
+        batches.append(list(itertools.islice(filled, rank * each, (rank + 1) * each)))
+    return batches
 
 
 def exchange_pictures(questions: list[Question]) -> list[Question]:
@@ -123,12 +134,16 @@ class Prompts(Dataset):
         return len(self.batches)
 
     def __getitem__(self, number: int) -> list[Document] | RecipeError:
-        documents = []
+        documents: list[Document] = []
+        decoded: dict[tuple[str, ...], tuple[list[bytes], np.ndarray | None]] = {}  # pictures asked about twice are read once
         for question in self.batches[number]:
             try:
-                images = [self.benchmark.read_image(name) for name in question.images]
+                if question.images not in decoded:
+                    decoded[question.images] = [self.benchmark.read_image(name) for name in question.images], None
+                images, pixels = decoded[question.images]
                 sample = Sample(question.id, [Turn("user", question.prompt)], images)
-                documents.append(self.preparation.prompt(sample, self.tokenizer, self.layout))
+                documents.append(self.preparation.prompt(sample, self.tokenizer, self.layout, pixels))
+                decoded[question.images] = images, documents[-1].pixels
             except RecipeError as error:  # handed over, not raised: an exception in a worker loses its words in a traceback
                 pictures = f" with picture {', '.join(question.images)}" if question.images else ""
                 return RecipeError(f"{self.benchmark.describe()}, question {question.id}{pictures}: {error}")

@@ -74,8 +74,16 @@ class Preparation:
         except RecipeError as error:
             raise RecipeError(f"data.template = {self.template}, even for a question of one letter: {error}") from error
 
-    def prompt(self, sample: Sample, tokenizer: PreTrainedTokenizerBase, layout: SampleFormat) -> Document:
+    def prompt(
+        self, sample: Sample, tokenizer: PreTrainedTokenizerBase, layout: SampleFormat, pixels: np.ndarray | None = None
+    ) -> Document:
         """A question as a document that ends where the answer begins; nothing in it is supervised.
+
+        Args:
+            sample: The question and its pictures.
+            tokenizer: The model's.
+            layout: What the data must know of the model.
+            pixels: What `pixels` has made of the pictures before, if it has.
 
         Raises:
             BadSample: A broken picture or a placeholder mismatch.
@@ -83,7 +91,8 @@ class Preparation:
         ids = encode_prompt(
             sample.turns, len(sample.images), tokenizer, self.template, layout.tokens_per_image, layout.image_token_id
         )
-        return Document(sample.id, ids, np.full_like(ids, IGNORE_INDEX), self.pixels(sample.images, layout))
+        pixels = self.pixels(sample.images, layout) if pixels is None else pixels
+        return Document(sample.id, ids, np.full_like(ids, IGNORE_INDEX), pixels)
 
     def end_token_id(self, tokenizer: PreTrainedTokenizerBase) -> int:
         """Id of the token that ends an answer; the tokenizer's end token where the template has none.

@@ -83,6 +83,7 @@ class Decoder(LightningModule, ABC):
         eos_token_id: int,
         temperature: float = 0.0,
         top_p: float = 1.0,
+        beginnings: list[tuple[int, int]] | None = None,
     ) -> Int64[Tensor, "prompts new"]:
         """Left-padded prompts in, the ids of their answers out, filled up with the end token.
 
@@ -93,6 +94,8 @@ class Decoder(LightningModule, ABC):
             eos_token_id: Ends an answer, and fills the row after it.
             temperature: 0 takes the most likely token; above 0 samples from the logits divided by it.
             top_p: Samples among the most likely tokens that together have this probability, in (0, 1]. Needs a temperature.
+            beginnings: For each prompt the row of the first that begins like it, perhaps its own, and how many tokens they share,
+                fewer than the prompt has. They are computed once; no answer depends on it.
         """
 
     @abstractmethod

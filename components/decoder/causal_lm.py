@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from components.decoder.architecture import architecture, compare, unreadable
 from components.decoder.attention import PACKED, attention, packed_hidden_states
 from components.decoder.base import Decoder
+from components.decoder.beginnings import CACHE, cache_of_beginnings
 from components.decoder.lora import LoRA, adapters, insert
 from components.decoder.probe import prove
 from components.decoder.released import KEY, load_released
@@ -143,6 +144,7 @@ class HuggingFaceDecoder(Decoder):
         eos_token_id: int,
         temperature: float = 0.0,
         top_p: float = 1.0,
+        beginnings: list[tuple[int, int]] | None = None,
     ) -> Int64[Tensor, "prompts new"]:
         """Left-padded prompts in, the ids of their answers out, filled up with the end token.
 
@@ -158,10 +160,11 @@ class HuggingFaceDecoder(Decoder):
         # every step gathers the shards: a rank whose answers have ended goes on until those of the others have
         sharded = any(isinstance(parameter, DTensor) for parameter in self.lm.parameters())
         sharded = sharded or any(isinstance(module, FullyShardedDataParallel) for module in self.lm.modules())
+        prompts: dict[str, Any] = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
+        if beginnings and (sharded or len({first for first, _ in beginnings}) < len(beginnings)):
+            prompts[CACHE] = cache_of_beginnings(self.lm, inputs_embeds, attention_mask, beginnings)
         with attention(self.lm, "sdpa"):
-            return self.lm.generate(
-                inputs_embeds=inputs_embeds, attention_mask=attention_mask, generation_config=settings, synced_gpus=sharded
-            )
+            return self.lm.generate(**prompts, generation_config=settings, synced_gpus=sharded)
 
     def blocks(self) -> list[nn.Module]:
         """The transformer layers."""

@@ -13,7 +13,6 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from callbacks.validation import Validation
-from callbacks.validation.asking import exchange_pictures, share
 from components.batch import SampleFormat
 from components.benchmarks import Benchmark, Question
 from components.data import Preparation
@@ -302,28 +301,3 @@ def test_what_is_missing_shows_before_training(tmp_path):
 def test_values_out_of_range(values, words):
     with pytest.raises(RecipeError, match=words):
         Validation({}, **values)
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
-@pytest.mark.parametrize("count", [1, 2, 5, 12, 13])
-def test_ranks_answer_in_lockstep_and_leave_nothing_out(count, ranks):
-    questions = [Question(f"q{number}", "x" * (number % 5), (), "y") for number in range(count)]
-    shares = [share(questions, rank, ranks, batch_size=2) for rank in range(ranks)]
-    assert len({tuple(len(batch) for batch in batches) for batches in shares}) == 1
-    asked = Counter(question.id for batches in shares for batch in batches for question in batch)
-    assert asked.keys() == {question.id for question in questions}
-    assert asked.total() - count < ranks
-    lengths = [len(question.prompt) for batch in shares[0] for question in batch]
-    assert lengths == sorted(lengths, reverse=True) or ranks > count
-
-
-def test_every_picture_is_exchanged_for_another():
-    asked = Brightness().questions()
-    exchanged = exchange_pictures(asked)
-    assert exchanged == exchange_pictures(asked)
-    assert sorted({name for q in exchanged for name in q.images}) == sorted(LEVELS)
-    for before, after in zip(asked, exchanged, strict=True):
-        assert (before.id, before.prompt, before.reference) == (after.id, after.prompt, after.reference)
-        assert not set(before.images) & set(after.images)
-    with pytest.raises(RecipeError, match="at least two different pictures; there are 1"):
-        exchange_pictures(asked[:1])

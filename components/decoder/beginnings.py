@@ -1,0 +1,71 @@
+"""Prompts that begin alike, in generation: what they have in common is computed once and handed to transformers as its cache.
+
+Source: the shared prefixes of PagedAttention, arXiv 2309.06180, section 4.4. Differs: nothing outlives a batch, and the beginnings
+are computed as packed documents, without padding.
+"""
+
+import itertools
+from inspect import signature
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+
+from components.decoder.attention import PACKED, attention
+
+# transformers 5.24 calls it cache
+CACHE = "cache" if "cache" in signature(GenerationMixin.prepare_inputs_for_generation).parameters else "past_key_values"
+
+
+def cache_of_beginnings(
+    lm: PreTrainedModel,
+    inputs_embeds: Float[Tensor, "prompts length embed_dim"],
+    attention_mask: Int64[Tensor, "prompts length"],
+    beginnings: list[tuple[int, int]],
+) -> DynamicCache:
+    """Left-padded prompts in; keys and values of their first columns out, perhaps of none.
+
+    Every row ends with as many columns that are not in the cache, so that the rest has the padding of the whole: it is what the
+    longest ending takes, and of rows with a shorter one the end of the beginning is computed again.
+
+    Args:
+        lm: A model whose attention is `packed`.
+        inputs_embeds: Embeddings of the prompts, padded on the left.
+        attention_mask: 1 at prompt tokens, 0 at padding.
+        beginnings: For each prompt the row of the first that begins like it, and how many tokens they share.
+    """
+    longest = inputs_embeds.shape[1]
+    padding = (longest - attention_mask.sum(1)).tolist()
+    columns = min(pad + common for pad, (_, common) in zip(padding, beginnings, strict=True))
+    used: dict[int, int] = {}
+    for pad, (first, _) in zip(padding, beginnings, strict=True):
+        used[first] = max(used.get(first, 0), columns - pad)
+    # a batch without any beginning runs one token: where weights are sharded, the ranks gather them together
+    lengths = {first: length for first, length in used.items() if length > 0} or {0: 1}
+    starts = dict(zip(lengths, itertools.accumulate([0, *lengths.values()]), strict=False))
+    packed = DynamicCache()
+    tokens = [inputs_embeds[first, padding[first] : padding[first] + length] for first, length in lengths.items()]
+    ends = torch.tensor([*starts.values(), sum(lengths.values())], dtype=torch.int32).to(inputs_embeds.device)
+    with attention(lm, PACKED):
+        lm.base_model(
+            inputs_embeds=torch.cat(tokens)[None],
+            position_ids=torch.cat([torch.arange(length) for length in lengths.values()])[None].to(inputs_embeds.device),
+            use_cache=True,
+            cu_seq_lens_q=ends,
+            cu_seq_lens_k=ends,
+            max_length_q=max(lengths.values()),
+            max_length_k=max(lengths.values()),
+            **{CACHE: packed},
+        )
+    cache = DynamicCache(config=lm.config)
+    if columns <= 0:
+        return cache
+    offsets = torch.tensor([starts.get(first, 0) - pad for pad, (first, _) in zip(padding, beginnings, strict=True)])
+    places = (offsets[:, None] + torch.arange(columns)).clamp(min=0).to(inputs_embeds.device)  # of padding: any
+    for number, layer in enumerate(packed.layers):
+        assert layer.keys is not None and layer.values is not None
+        keys, values = (states[0][:, places].transpose(0, 1) for states in (layer.keys, layer.values))
+        cache.update(keys, values, number)
+        layer.keys = layer.values = None
+    return cache
