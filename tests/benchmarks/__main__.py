@@ -4,7 +4,6 @@ What `main` returns is printed; with `--readme` it also takes the place of the b
 """
 
 import importlib
-import pkgutil
 import sys
 from pathlib import Path
 
@@ -14,7 +13,7 @@ README_FLAG = "--readme"
 
 
 def main(arguments: list[str]) -> None:
-    names = sorted(found.name for found in pkgutil.iter_modules([str(Path(__file__).parent)]) if not found.name.startswith("_"))
+    names = sorted(file.stem for file in Path(__file__).parent.glob("[!_]*.py") if "\ndef main(" in file.read_text())
     if not arguments or arguments[0] not in names:
         sys.exit(f"python -m tests.benchmarks NAME [{README_FLAG}] [options], NAME one of: {', '.join(names)}")
     name, *options = arguments
