@@ -27,8 +27,8 @@ WITHOUT_TRAINER = {
     "ask": "components.ask",
     "score": "components.score",
     "compare": "components.compare",
-    "import": "components.huggingface.importing",
-    "export": "components.huggingface.exporting",
+    "import": "components.huggingface.import_command",
+    "export": "components.huggingface.export_command",
 }
 WITHOUT_RECIPE = {"ask", "score", "compare", "import", "export"}
 MAX_ERROR_LINES = 15

@@ -4,29 +4,9 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from components.checkpoint_files import load_weights
-from components.data import Preparation, Sample
 from components.errors import BadSample, RecipeError
-from components.rebuild import read_checkpoint_recipe, rebuild
 from components.run_folder import find_checkpoint
 from components.turns import Turn
-from components.vlm import VisionLanguageModel
-
-
-def load(checkpoint: Path) -> tuple[VisionLanguageModel, Preparation]:
-    """A trained model, ready to answer, and how its samples are prepared.
-
-    Args:
-        checkpoint: A checkpoint folder; the recipe inside it says how to build the model.
-
-    Raises:
-        RecipeError: The weights do not fit the recipe.
-    """
-    model, preparation = rebuild(read_checkpoint_recipe(checkpoint))
-    model.build()
-    model.adapt()
-    load_weights(model, checkpoint, "--ckpt")
-    return model.eval(), preparation
 
 
 def ask(
@@ -59,6 +39,10 @@ def ask(
     if missing := [str(file) for file in files if not file.is_file()]:
         raise RecipeError(f"--image: {', '.join(missing)} does not exist.")
     checkpoint = find_checkpoint(ckpt, "--ckpt")
+    # heavy: only when there is something to ask
+    from components.data import Sample
+    from components.rebuild import load
+
     model, preparation = load(checkpoint)
     text = question if "<image>" in question else "<image>\n" * len(files) + question
     sample = Sample("question", [Turn("user", text)], [file.read_bytes() for file in files])

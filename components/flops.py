@@ -13,11 +13,9 @@ from dataclasses import asdict
 
 from torch import Tensor, nn
 
+from components.gpus import PEAK_TFLOPS
 from components.sharding import whole_shape
 from components.vlm import VisionLanguageModel
-
-PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0}
-"""Dense bf16 peak of a device by a word of its name, in TFLOP/s."""
 
 Number = int | float
 

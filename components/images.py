@@ -7,7 +7,6 @@ CLIPImageProcessor).
 import io
 import re
 import warnings
-from typing import Literal
 
 import numpy as np
 import torch
@@ -16,9 +15,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch.nn.functional import interpolate
 
 from components.errors import BadSample
-
-Decoding = Literal["llava", "upright"]
-SquareMode = Literal["pad", "crop", "squash"]
+from components.image_modes import Decoding, SquareMode
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_BYTES = 32 * 2**20

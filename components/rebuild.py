@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
+from components.checkpoint_files import load_weights
 from components.data import Preparation
 from components.run_folder import RECIPE
 from components.vlm import VisionLanguageModel
@@ -30,3 +31,19 @@ def rebuild(recipe: dict[str, Any]) -> tuple[VisionLanguageModel, Preparation]:
     parts: Any = parser.instantiate(parser.parse_object({"model": recipe["model"]}))
     stated = recipe["data"]
     return parts.model, Preparation(**{key: stated[key] for key in Preparation.__dataclass_fields__ if key in stated})
+
+
+def load(checkpoint: Path) -> tuple[VisionLanguageModel, Preparation]:
+    """A trained model, ready to answer, and how its samples are prepared.
+
+    Args:
+        checkpoint: A checkpoint folder; the recipe inside it says how to build the model.
+
+    Raises:
+        RecipeError: The weights do not fit the recipe.
+    """
+    model, preparation = rebuild(read_checkpoint_recipe(checkpoint))
+    model.build()
+    model.adapt()
+    load_weights(model, checkpoint, "--ckpt")
+    return model.eval(), preparation

@@ -42,7 +42,7 @@ def check_recipes(arguments: list[str]) -> None:
             part file of a section.
 
     Raises:
-        RecipeError: One of them, or a part file that they name, is missing or not YAML, or a recipe has a section that nobody knows.
+        RecipeError: One of them, or a part file that they name, is missing or not YAML, or a recipe has an unknown section.
     """
     for recipe in named_recipes(arguments):
         # an empty section that nobody knows would pass the parser

@@ -11,7 +11,7 @@ from small_recipe import fit, write_recipe
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main
-from components.ask import load
+from components.rebuild import load
 from components.data import Sample
 from components.run_folder import find_checkpoint
 from components.turns import Turn

@@ -16,7 +16,10 @@ from components.vision_tower import VisionTower
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    4: {"main", "components.command_line", "components.plan_command", "components.index_command"},
+    4: {
+        "main",
+        *(f"components.{room}" for room in ("command_line", "plan_command", "planning", "index_command", "indexing")),
+    },
     3: {"callbacks"},
     2: {
         f"components.{room}"

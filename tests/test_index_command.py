@@ -113,6 +113,7 @@ def test_what_is_done_is_not_done_again(folder, capsys):
 
 
 MISTAKES = {
+    "no such recipe": (["--config", "nowhere.yaml", "--index", "x"], "--config: nowhere.yaml cannot be read"),
     "nothing": ([], "Neither shards nor a recipe"),
     "no such shard": (["--shards", "nowhere/*.tar"], "nowhere"),
     "both": (["--config", "small.yaml", "--index", "x"], "--index goes with --shards"),
@@ -132,6 +133,7 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_are_told(mistake, capsys):
     options, message = MISTAKES[mistake]
+    write_recipe(Path("small.yaml"))
     assert index(*options) == 2
     assert message in capsys.readouterr().err
 
@@ -221,7 +223,7 @@ def test_numbers_of_many_shards_are_those_of_each(capsys, monkeypatch):
 
 
 def test_all_problems_are_written_and_a_few_are_shown(capsys, monkeypatch):
-    monkeypatch.setattr("components.index_command.LISTED", 20)
+    monkeypatch.setattr("components.indexing.LISTED", 20)
     made = pairs(7, 30)
     for pair in made:
         pair.picture = b"no picture"

@@ -11,7 +11,7 @@ import yaml
 from small_recipe import fit, merged, write_recipe
 
 import main
-from components import plan_command
+from components import planning
 from components.command_line import RecipeCLI
 from components.plan.findings import findings_of
 from components.plan.gather import Target, facts_of
@@ -43,8 +43,8 @@ EXPECTED = {
 def resolved(run, target):
     """The facts of a run, without a parser of its own."""
     recipe = instantiate(COMMANDS[run])
-    stage = plan_command.first_stage(recipe.model.initial_weights, RECIPES, lambda files: instantiate(_configs(files)))
-    return facts_of(run, recipe, plan_command.first_samples(recipe), target, stage)
+    stage = planning.first_stage(recipe.model.initial_weights, RECIPES, lambda files: instantiate(_configs(files)))
+    return facts_of(run, recipe, planning.first_samples(recipe), target, stage)
 
 
 def _configs(files):
@@ -109,7 +109,7 @@ def test_facts_are_read_from_a_recipe(what, tmp_path):
     changes, expected = READ[what]
     sound = {"trainer": {"accelerator": "gpu", "devices": 4, "precision": "bf16-mixed"}, "data": {"num_workers": 1}}
     recipe = instantiate(("--config", str(write_recipe(tmp_path / "small.yaml", **merged(sound, changes)))))
-    found = findings_of(facts_of("small", recipe, plan_command.first_samples(recipe), Target()))
+    found = findings_of(facts_of("small", recipe, planning.first_samples(recipe), Target()))
     # a model of this size waits for every exchange
     assert {finding.name for finding in found} - {"communication", "accumulation", "schedule"} == expected
 
@@ -152,7 +152,7 @@ def test_the_reference_run_waits_for_its_network_and_an_overlay_mends_it(plan):
 def test_the_shipped_overlays_of_the_reference_run(overlays, days):
     files = [RECIPES / "meta_llava_13b_pretrain.yaml", *(RECIPES / "ablations" / f"{name}.yaml" for name in overlays)]
     recipe = instantiate(_configs(files))
-    facts = facts_of("reference", recipe, plan_command.first_samples(recipe), Target(16, 8, "a100-80gb", "1.6Tb/s", mfu=0.5))
+    facts = facts_of("reference", recipe, planning.first_samples(recipe), Target(16, 8, "a100-80gb", "1.6Tb/s", mfu=0.5))
     assert facts.workload.samples >= 600_000_000
     assert facts.estimate.memory.fits and facts.estimate.days <= days
     assert findings_of(facts) == []

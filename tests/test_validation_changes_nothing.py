@@ -7,7 +7,7 @@ import torch
 from small_recipe import RECIPE, diary, fit, write_recipe
 from tiny import weights
 
-from components.ask import load
+from components.rebuild import load
 from components.run_folder import checkpoint_folder
 
 SHAPES = {

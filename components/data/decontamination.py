@@ -17,7 +17,6 @@ from components.annotations import Annotations
 from components.data.evaluation_pictures import read_evaluation_pictures
 from components.data.overlaps import (
     HASHED_AT_ONCE,
-    NEAR,
     Match,
     Overlap,
     Overlaps,
@@ -37,7 +36,7 @@ from components.shards.rows import ShardIndex
 from components.shards.sample import Pair, read_sample
 from components.shards.storage import Storage
 
-__all__ = ["NEAR", "Overlaps", "find_overlaps", "find_overlaps_of_annotations", "find_overlaps_of_dataset", "overlaps_of"]
+__all__ = ["Overlaps", "find_overlaps", "find_overlaps_of_annotations", "find_overlaps_of_dataset", "overlaps_of"]
 
 _KIND = "pictures"
 _LAYOUT = "1"  # of the hashes beside the index; raise it when they change

@@ -21,7 +21,7 @@ from components.data.shares import segments_of
 from components.data.sources import Source
 from components.data.token_lengths import Measure, open_lengths
 from components.errors import RecipeError
-from components.images import Decoding, SquareMode
+from components.image_modes import Decoding, SquareMode
 from components.tokenizer import load_tokenizer
 
 QUARANTINE = "quarantine.jsonl"

@@ -35,8 +35,6 @@ from components.data.overlap_page import SideBySide, page
 from components.errors import BadSample
 from components.perceptual_hash import SIDE, HashTable, perceptual_hash, picture_gray, same_picture
 
-NEAR = 8
-"""Bits of the perceptual hash in which near pictures may differ, where nothing else is said."""
 PICTURE = np.dtype([("digest", "<u8"), ("hash", "<u8"), ("decoded", "?")])
 """A training picture: the first 8 bytes of the SHA-256 of its file, its perceptual hash, and whether it could be decoded."""
 HASHED_AT_ONCE = 256

@@ -11,7 +11,8 @@ from components.chat_template import resolve_template
 from components.conversation import encode_prompt, encode_within
 from components.data.sources import Overrides, Sample
 from components.errors import RecipeError
-from components.images import Decoding, SquareMode, square
+from components.image_modes import Decoding, SquareMode
+from components.images import square
 from components.turns import Turn, check_text
 
 

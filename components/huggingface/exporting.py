@@ -1,12 +1,11 @@
-"""`python main.py export`: a run in, a Hugging Face LLaVA folder with a certificate of its equality out."""
+"""Export: a checkpoint in, a Hugging Face LLaVA folder with a certificate of its equality out."""
 
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
 from torch import Tensor
 from tqdm import tqdm
 
@@ -20,7 +19,7 @@ from components.huggingface.memory import peak_mib
 from components.named_tensors import NamedTensors, TensorInfo
 from components.projector import MLP
 from components.rebuild import read_checkpoint_recipe, rebuild
-from components.run_folder import UNFINISHED, find_checkpoint
+from components.run_folder import UNFINISHED
 from components.safetensors_writer import write_safetensors
 from components.tokenizer import load_tokenizer
 
@@ -29,32 +28,19 @@ TABLES = {f"{DECODER}model.embed_tokens.weight", f"{DECODER}lm_head.weight"}
 """Tensors with a row for each token."""
 
 
-def export(
-    ckpt: str,
-    output: str,
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
-    image: list[str] | None = None,
-) -> Path:
+def export(checkpoint: Path, final: Path, dtype: str | None, pictures: list[Path]) -> None:
     """Write a trained model as a Hugging Face LLaVA folder and prove that transformers computes the same with it.
 
     Args:
-        ckpt: A run folder (its newest complete checkpoint is written) or a checkpoint folder.
-        output: The new folder.
-        dtype: Number format of the weights: float32, bfloat16 or float16. By default that of an imported model, else the one
-            that the run computed in.
-        image: Picture files for the proof; by default pictures drawn by the program.
+        checkpoint: A checkpoint folder.
+        final: The new folder; visible only when it is whole and proven.
+        dtype: Number format of the weights; None for that of an imported model, else the one that the run computed in.
+        pictures: Picture files for the proof; none for pictures drawn by the program.
 
     Raises:
-        RecipeError: The folder exists, the model has no place in the layout, or the written folder does not compute the same.
+        RecipeError: The model has no place in the layout, or the written folder does not compute the same.
     """
-    final = Path(output).resolve()
     unfinished = final.with_name(final.name + UNFINISHED)
-    for folder in (final, unfinished):
-        if folder.exists():
-            raise RecipeError(f"--output: {folder} exists. Choose another name, or delete it.")
-    if missing := [name for name in image or [] if not Path(name).is_file()]:
-        raise RecipeError(f"--image: {', '.join(missing)} does not exist.")
-    checkpoint = find_checkpoint(ckpt, "--ckpt")
     recipe = read_checkpoint_recipe(checkpoint)
     model, preparation = rebuild(recipe)
     _demand_llava_shape(model)
@@ -90,25 +76,13 @@ def export(
             "export_memory_mib_above_imports": round(peak_mib() - before),
             "sha256": files,
         }
-        certify(checkpoint, unfinished, written_as, [Path(name) for name in image or []], facts)
+        certify(checkpoint, unfinished, written_as, pictures, facts)
     except BaseException:
         if not (unfinished / CERTIFICATE).is_file():  # else the folder shows what is unlike
             shutil.rmtree(unfinished)
         raise
     unfinished.rename(final)
     print(f"{final} equals {checkpoint}: see {final / 'certificate.json'}.")
-    return final
-
-
-def main(arguments: list[str]) -> int:
-    """Parse the options of `export` and run it."""
-    parser = ArgumentParser(
-        prog="python main.py export", description="Write a trained model as a Hugging Face LLaVA folder.", exit_on_error=False
-    )
-    parser.add_function_arguments(export, skip={"image"})
-    parser.add_argument("--image", nargs="*", default=[], help="Picture files for the proof; by default drawn by the program.")
-    export(**parser.parse_args(arguments).as_dict())
-    return 0
 
 
 def default_dtype(recipe: dict[str, Any], weights: NamedTensors) -> torch.dtype:

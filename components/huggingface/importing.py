@@ -1,4 +1,4 @@
-"""`python main.py import`: a released LLaVA model in, a run that can be asked, validated, exported and started from out."""
+"""Import: a released LLaVA model in, a run that can be asked, validated, exported and started from out."""
 
 import re
 import shutil
@@ -8,7 +8,6 @@ from typing import Any
 import lightning
 import torch
 import yaml
-from jsonargparse import ArgumentParser
 
 from components.causality import prove_causal
 from components.checkpoint_files import INITIAL
@@ -18,11 +17,11 @@ from components.errors import RecipeError
 from components.hub import fetch, looks_like_hub_id
 from components.huggingface.initial import allocate, load_llava
 from components.huggingface.layout import DECODING_KEY, TEMPLATE_KEY, TOWER, LlavaFolder, open_llava, preprocessing, vision_config
-from components.images import Decoding, SquareMode
+from components.image_modes import Decoding, SquareMode
 from components.manifest import seal
 from components.projector import MLP
 from components.rebuild import rebuild
-from components.run_folder import RECIPE, RUNS, STATE, UNFINISHED, checkpoint_folder
+from components.run_folder import RECIPE, STATE, UNFINISHED, checkpoint_folder
 from components.tokenizer import load_tokenizer
 from components.vision_tower import OpenClipTower
 from components.vlm import LearningRates, VisionLanguageModel
@@ -30,32 +29,27 @@ from components.vlm import LearningRates, VisionLanguageModel
 
 def import_llava(
     weights: str,
-    run: str,
-    vision_tower: str | None = None,
-    template: str | None = None,
-    decoding: Decoding | None = None,
-    image_mode: SquareMode | None = None,
-) -> Path:
+    source: Path,
+    folder: Path,
+    vision_tower: str | None,
+    template: str | None,
+    decoding: Decoding | None,
+    image_mode: SquareMode | None,
+) -> None:
     """Make a run of a released LLaVA model.
 
     Args:
-        weights: Folder or hub id of a LLaVA-1.5 model, in Hugging Face's layout (llava-hf/llava-1.5-7b-hf) or in the original
-            one (liuhaotian/llava-v1.5-7b).
-        run: Name of the new run folder inside runs/.
-        vision_tower: Folder or hub id of the CLIP tower where the model leaves it out, as the original releases do; by default
-            the one that its config names.
-        template: Conversation template that the model was trained with; by default what the model says, else `vicuna_v1`.
-        decoding: `llava` or `upright`; by default what the model says, else `llava`.
-        image_mode: `pad`, `crop` or `squash`; by default what the model says, else `pad`, which LLaVA-1.5 was trained with
-            although the processors of the llava-hf releases crop.
+        weights: As the command names the model; the run's recipe names it so.
+        source: The folder where it is.
+        folder: The new run folder.
+        vision_tower: As in the command, like all that follow.
+        template: What the model says, where it is None.
+        decoding: The same.
+        image_mode: The same.
 
     Raises:
-        RecipeError: The run exists, or the model is not there, damaged, incomplete or of another kind.
+        RecipeError: The model is damaged, incomplete or of another kind.
     """
-    folder = RUNS / run
-    if folder.exists():
-        raise RecipeError(f"--run: {folder} exists. Choose another name, or delete it.")
-    source = fetch(weights, "--weights")
     llava = open_llava(source, "--weights")
     if llava.layout == "projector":
         raise RecipeError(
@@ -90,15 +84,6 @@ def import_llava(
     print(f"{weights} ({llava.layout.replace('_', ' ')} layout, {str(dtype).removeprefix('torch.')}) is now {folder}: {origin}.")
     print(f'Ask it:              python main.py ask --ckpt {folder} --image PICTURE --question "..."')
     print(f"Train from it:       model.initial_weights: {folder}, with the parts in {checkpoint_folder(folder, 0) / RECIPE}")
-    return folder
-
-
-def main(arguments: list[str]) -> int:
-    """Parse the options of `import` and run it."""
-    parser = ArgumentParser(prog="python main.py import", description="Make a run of a released LLaVA model.", exit_on_error=False)
-    parser.add_function_arguments(import_llava)
-    import_llava(**parser.parse_args(arguments).as_dict())
-    return 0
 
 
 def _write(folder: Path, model: VisionLanguageModel, recipe: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from components.errors import RecipeError
+from components.gpus import GPU
 from components.plan.choices import choices_of
 from components.plan.estimates import estimate
 from components.plan.facts import Asking, Facts, FirstStage, Running, Saving
@@ -14,8 +15,6 @@ from components.plan.workload import workload_of
 from components.sharding.layout import Layout
 from components.vlm import VisionLanguageModel
 
-GPU = "a100-80gb"
-"""What is planned for where a recipe trains on GPUs and nobody says on which."""
 NO_LIMIT: dict[str, tuple[Any, ...]] = {
     "fast_dev_run": (False, 0),
     "limit_train_batches": (None, 1.0),

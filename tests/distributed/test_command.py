@@ -18,7 +18,8 @@ from small_recipe import RECIPE, fit, write_recipe
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import assert_equal, weights
 
-from components.ask import ask, load
+from components.ask import ask
+from components.rebuild import load
 from components.run_folder import checkpoint_folder
 from components.shapes_world import Setting, draw_scene
 

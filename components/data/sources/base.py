@@ -13,7 +13,7 @@ from jaxtyping import Float64, Int64, UInt64
 from components.annotations import Annotations
 from components.data.permutation import mix
 from components.errors import RecipeError
-from components.images import Decoding, SquareMode
+from components.image_modes import Decoding, SquareMode
 from components.turns import Turn
 
 BYTES_PER_TOKEN = 4

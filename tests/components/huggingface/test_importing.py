@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from small_recipe import fit, write_recipe
 
 import main
-from components.ask import load
+from components.rebuild import load
 from components.run_folder import find_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
@@ -111,7 +111,7 @@ def test_hub_ids_are_fetched(folders, monkeypatch):
         asked.append((source, key))
         return folders["hf"]
 
-    monkeypatch.setattr("components.huggingface.importing.fetch", fetch)
+    monkeypatch.setattr("components.hub.fetch", fetch)
     for room in ("huggingface.importing", "vlm"):
         monkeypatch.setattr(f"components.{room}.load_tokenizer", lambda source: tokenizer(with_image=True))
     assert main.main(["import", "--weights", "llava-hf/llava-1.5-7b-hf", "--run", "released"]) == 0
