@@ -2,7 +2,9 @@
 
 The document ends travel as keyword arguments that transformers passes through its models (`cu_seq_lens_q`, `max_length_q`);
 transformers builds no mask for a name it does not know in its `AttentionMaskInterface`, so nothing depends on its own detection
-of packing. CUDA: `torch.nn.attention.varlen`. Elsewhere: one causal `scaled_dot_product_attention` per document.
+of packing. CUDA: `torch.nn.attention.varlen`. Elsewhere: one causal `scaled_dot_product_attention` per document, which compiled
+blocks of a CPU run as one operator. On a GPU without the kernel (float32, heads of an odd width) the host waits in every block for
+the lengths of the documents.
 """
 
 import inspect
@@ -17,6 +19,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
+from components.decoder.packed_operator import packed_operator, window_mask
 from components.errors import RecipeError
 
 PACKED = "packed"
@@ -25,7 +28,7 @@ PACKED = "packed"
 _IGNORED = {"cu_seq_lens_k", "max_length_k", "position_ids", "use_cache", "output_hidden_states"}
 
 # torch 2.11 and later versions take different keyword arguments
-_VARLEN_ARGUMENTS = inspect.signature(varlen_attn).parameters
+_VARLEN_ARGUMENTS = frozenset(inspect.signature(varlen_attn).parameters)
 
 
 def packed_attention(
@@ -72,6 +75,10 @@ def packed_attention(
     query, key = query.to(value.dtype), key.to(value.dtype)
     if _has_kernel(query):
         return _kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
+    if torch.compiler.is_compiling() and query.device.type == "cpu":
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        return packed_operator(query, key, value, cu_seq_lens_q, scaling, sliding_window)[0], None
     return _per_document(query, key, value, cu_seq_lens_q, scaling, sliding_window), None
 
 
@@ -126,8 +133,13 @@ def _has_kernel(query: Tensor) -> bool:
         and query.dtype in (torch.float16, torch.bfloat16)
         and query.shape[-1] % 8 == 0
         and query.shape[-1] <= 256
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and _is_recent(query.device.index)
     )
+
+
+@torch.compiler.assume_constant_result
+def _is_recent(device: int) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _kernel(
@@ -170,10 +182,7 @@ def _per_document(
     lengths = cumulative_lengths.diff().tolist()
     outputs = []
     for q, k, v in zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True):
-        mask = None
-        if sliding_window is not None and sliding_window < q.shape[2]:
-            distance = torch.arange(q.shape[2], device=q.device)[:, None] - torch.arange(q.shape[2], device=q.device)
-            mask = (distance >= 0) & (distance < sliding_window)
+        mask = window_mask(q, sliding_window)
         grouped = q.shape[1] != k.shape[1]
         outputs.append(
             scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped)

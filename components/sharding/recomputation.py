@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.attention.varlen  # which registers its operator
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 _KEPT = {
@@ -28,9 +28,18 @@ _KEPT = {
 
 
 def compile_block(block: nn.Module) -> None:
-    """Compile a block for any number of tokens; before `recompute`, which then computes again what is compiled."""
+    """Compile a block for any number of tokens; before `recompute`, which then computes again what is compiled.
+
+    All blocks of a class run what was compiled for the first of them, unless they differ in more than their numbers.
+    """
     # not block.compile(): it would compile the hooks that gather the block as well
-    _run_in_training(block, torch.compile(block.forward, dynamic=True))
+    compiled = torch.compile(block.forward, dynamic=True)
+
+    def training(tokens: Tensor, *arguments: Any, **options: Any) -> Any:
+        # the first block gets a view, for which alone another graph would be compiled
+        return compiled(tokens.clone() if tokens._is_view() else tokens, *arguments, **options)
+
+    _run_in_training(block, training)
 
 
 def recompute(block: nn.Module, what: Literal["selective", "full"]) -> None:
