@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from components.batch import Batch
 from components.errors import RecipeError
-from components.flops import matmul_parameters, peak_flops, step_flops
+from components.flops import matmul_parameters, mfu, peak_flops, step_flops
 
 
 class Throughput(Callback):
@@ -81,7 +81,7 @@ class Throughput(Callback):
         self.truncated += int(truncated)
         pl_module.log("train/truncated_samples", float(self.truncated))
         if self.peak is not None:
-            pl_module.log("train/mfu", flops / seconds / (self.peak * trainer.world_size))
+            pl_module.log("train/mfu", mfu(flops, seconds, self.peak * trainer.world_size))
         if pl_module.device.type == "cuda":
             pl_module.log("train/memory_gib", torch.cuda.max_memory_allocated(pl_module.device) / 2**30)
         self._restart()

@@ -1,18 +1,24 @@
-"""Matmul FLOPs of a training step: two per multiply-add, causal attention counted at half, recomputation counted apart.
+"""FLOPs of a training step and its MFU: the one formula of `train/mfu`, of `plan` and of the benchmarks.
 
-A frozen part costs its forward pass; a frozen part that gradients flow through, the gradients of its activations too; a trained
-part, also those of its weights. Adapters are a trained part inside a frozen one. Attention has no weights, so its backward is
-twice its forward wherever gradients flow.
+    MFU = FLOPs of the step / (seconds * peak),    HFU = (FLOPs of the step + recomputed FLOPs) / (seconds * peak)
+
+FLOPs are those of matrix products, two per multiply-add: 2 * weights * rows of a linear layer; 4 * width * pairs of attention,
+where a picture of n patches has n^2 pairs, and a causal document of n tokens half as many, n^2 / 2. No document sees another, and
+the head runs on supervised positions only. All of it counts once forward; where gradients flow, those of the inputs cost as much
+again; where a layer trains, those of its weights too. So a part that trains costs 3 times its forward pass; a frozen one that
+gradients flow through 2 times, but its attention, which has no weights, 3 times; a frozen tower once, and the projector behind it
+is spared the gradients of what it reads. Adapters are a trained part inside a frozen one. Only HFU counts what is computed again.
 
 Source: arXiv 2204.02311 (PaLM), appendix B, for the definitions of MFU and HFU. Differs: attention is causal and inside documents
-only, and only the positions that are computed count (the head runs on supervised positions alone). Left out, as about 1 % of a
-large model: the patch embedding, and a resampler's reading of the patches.
+only (llm-foundry and torchtitan count the whole square), and only the positions that are computed count.
 """
 
 from dataclasses import asdict
+from typing import Any
 
 from torch import Tensor, nn
 
+from components.decoder import Decoder
 from components.gpus import PEAK_TFLOPS
 from components.sharding import whole_shape
 from components.vlm import VisionLanguageModel
@@ -27,20 +33,41 @@ def peak_flops(device_name: str) -> float | None:
     return next((peak * 1e12 for word, peak in PEAK_TFLOPS.items() if word in device_name), None)
 
 
+def mfu(flops: Number, seconds: Number, peak: Number) -> float:
+    """Model FLOPs utilization in [0, 1]; with recomputed FLOPs among the first argument, hardware FLOPs utilization.
+
+    Args:
+        flops: Of all devices, by `step_flops`.
+        seconds: That they took.
+        peak: FLOP/s of all devices.
+    """
+    return float(flops / seconds / peak)
+
+
 def matmul_parameters(model: VisionLanguageModel) -> dict[str, int]:
-    """Weights of each part that are multiplied with every token, and of the head and adapters, in numbers of parameters."""
-    inside: dict[str, list[nn.Module]] = {
-        "projector": [model.projector], "vision_tower": model.vision_tower.blocks(), "decoder": model.decoder.blocks(),
-    }  # fmt: skip
-    sizes = {}
-    for name, modules in inside.items():
-        shapes = [whole_shape(parameter) for module in modules for parameter in module.parameters()]
-        sizes[name] = sum(shape.numel() for shape in shapes if len(shape) == 2)
+    """Weights that are multiplied with every token or patch, in numbers of parameters.
+
+    Of the tower's and the decoder's blocks, of the decoder's head and its adapters, and of the convolution that cuts the patches.
+    """
+    tower, decoder = model.vision_tower, model.decoder
+    sizes = {"vision_tower": _matrices(tower.blocks()), "patch_embedding": _matrices([tower], ndim=4)}
     # what an adapted layer trains, it multiplies in addition to its own weights
-    sizes["adapters"] = sum(whole_shape(p).numel() for p in model.decoder.trainable_parameters()) if model.decoder.lora else 0
-    sizes["decoder"] -= sizes["adapters"]
-    sizes["head"] = model.decoder.embed_dim * model.decoder.vocab_size
+    sizes["adapters"] = sum(whole_shape(p).numel() for p in decoder.trainable_parameters()) if decoder.lora else 0
+    sizes["decoder"] = _matrices(decoder.blocks()) - sizes["adapters"]
+    sizes["head"] = decoder.embed_dim * decoder.vocab_size
     return sizes
+
+
+def _matrices(modules: list[nn.Module], ndim: int = 2) -> int:
+    shapes = [whole_shape(parameter) for module in modules for parameter in module.parameters()]
+    return sum(shape.numel() for shape in shapes if len(shape) == ndim)
+
+
+def query_dim(decoder: Decoder) -> int:
+    """Width of all queries of a token: heads times their width."""
+    config: Any = decoder.lm.config
+    head_dim = getattr(config, "head_dim", None) or decoder.embed_dim // config.num_attention_heads
+    return config.num_attention_heads * head_dim
 
 
 def gradients_flow(model: VisionLanguageModel) -> dict[str, bool]:
@@ -68,7 +95,12 @@ def part_flops(
         images: Pictures.
     """
     linear, attention = forward_flops(model, sizes, tokens, squared_lengths, targets, images)
-    weight_gradients = dict(linear)
+    input_gradients, weight_gradients = dict(linear), dict(linear)
+    patches = model.vision_tower.num_patches
+    # pixels need no gradient, nor do the features of a frozen tower
+    input_gradients["vision_tower"] -= 2.0 * sizes["patch_embedding"] * images * patches
+    if model.learning_rates.vision_tower is None:
+        input_gradients["projector"] -= 2.0 * model.projector.products(patches).first * images
     if model.decoder.lora is not None:
         weight_gradients |= {"decoder": 2.0 * sizes["adapters"] * tokens, "head": 0.0}
     rates = asdict(model.learning_rates)
@@ -76,7 +108,7 @@ def part_flops(
     total: dict[str, Number | Tensor] = {}
     for name, forward in linear.items():
         part = "decoder" if name == "head" else name
-        total[name] = forward * (1 + flows[part]) + weight_gradients[name] * (rates[part] is not None)
+        total[name] = forward + input_gradients[name] * flows[part] + weight_gradients[name] * (rates[part] is not None)
         total[name] = total[name] + attention[name] * (3 if flows[part] else 1)
     return total
 
@@ -93,16 +125,23 @@ def recomputed_flops(
 ) -> float:
     """FLOPs that checkpointing whole blocks adds: their forward pass once more, where gradients flow.
 
-    The last matrix of a block is left out: backward needs its input and not its result, so that PyTorch stops before it.
+    The last matrix of a block is left out: backward needs its input and not its result, so that PyTorch stops before it. Selective
+    checkpointing computes no product again, hence adds nothing.
     """
-    linear, attention = forward_flops(model, sizes, tokens, squared_lengths, targets=0, images=images)
-    total = {**sizes, "decoder": sizes["decoder"] + sizes["adapters"]}
-    again = 0.0
-    for name, flows in gradients_flow(model).items():
-        blocks = model.parts[name].blocks() if flows else []
-        needed = sum(p.numel() for block in blocks for p in [p for p in block.parameters() if p.ndim == 2][:-1])
-        again += float(linear[name] * needed / total[name] + attention[name] * bool(blocks))
-    return again
+    _, attention = forward_flops(model, sizes, tokens, squared_lengths, targets=0, images=images)
+    tower = model.vision_tower
+    again = {
+        "vision_tower": 2.0 * _without_last(tower.blocks()) * images * (tower.num_patches + tower.has_class_token),
+        "projector": 2.0 * model.projector.products(tower.num_patches).blocks * images,
+        "decoder": 2.0 * _without_last(model.decoder.blocks()) * tokens,
+    }
+    return float(sum((again[name] + attention[name]) * flows for name, flows in gradients_flow(model).items()))
+
+
+def _without_last(blocks: list[nn.Module]) -> int:
+    """Weights of blocks in matrices, but for the last one of each."""
+    shapes = [[whole_shape(p) for p in block.parameters() if len(whole_shape(p)) == 2] for block in blocks]
+    return sum(shape.numel() for of_block in shapes for shape in of_block[:-1])
 
 
 def forward_flops(
@@ -115,18 +154,18 @@ def forward_flops(
 ) -> tuple[dict[str, float], dict[str, Number | Tensor]]:
     """FLOPs of the forward pass in the linear layers and in the attention; the arguments are those of `part_flops`."""
     tower = model.vision_tower
-    patches = tower.num_patches + tower.has_class_token
-    visual = model.projector.num_tokens(tower.num_patches)
+    read = tower.num_patches + tower.has_class_token
+    projector = model.projector.products(tower.num_patches)
     linear = {
-        "vision_tower": 2.0 * sizes["vision_tower"] * images * patches,
-        "projector": 2.0 * sizes["projector"] * images * visual,
+        "vision_tower": 2.0 * (sizes["vision_tower"] * read + sizes["patch_embedding"] * tower.num_patches) * images,
+        "projector": 2.0 * projector.linear * images,
         "decoder": 2.0 * (sizes["decoder"] + sizes["adapters"]) * tokens,
         "head": 2.0 * sizes["head"] * targets,
     }
     attention = {
-        "vision_tower": 4.0 * len(tower.blocks()) * images * patches**2 * tower.feature_dim,
-        "projector": 0.0,
-        "decoder": 2.0 * len(model.decoder.blocks()) * squared_lengths * model.decoder.embed_dim,
+        "vision_tower": 4.0 * len(tower.blocks()) * images * read**2 * tower.feature_dim,
+        "projector": 2.0 * projector.attention * images,
+        "decoder": 2.0 * len(model.decoder.blocks()) * squared_lengths * query_dim(model.decoder),
         "head": 0.0,
     }
     return linear, attention

@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -10,6 +11,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from components.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class Products:
+    """Multiplications of the forward pass of a picture.
+
+    Args:
+        linear: In layers with weights.
+        attention: Of queries with keys, and of what they choose with values.
+        first: What of `linear` is in a layer that reads the patch features as they are.
+        blocks: What of `linear` is in blocks, without the last layer of each.
+    """
+
+    linear: int
+    attention: int
+    first: int
+    blocks: int
 
 
 class Projector(LightningModule, ABC):
@@ -29,6 +47,13 @@ class Projector(LightningModule, ABC):
     @abstractmethod
     def forward(self, features: Float[Tensor, "images patches feature_dim"]) -> Float[Tensor, "images tokens embed_dim"]:
         """The visual tokens of each picture."""
+
+    def products(self, num_patches: int) -> Products:
+        """What a picture of `num_patches` patches costs; here that of linear layers after one another, on every visual token."""
+        # the layers know their widths even when their weights are sharded
+        layers = [layer.in_features * layer.out_features for layer in self.modules() if isinstance(layer, nn.Linear)]
+        tokens = self.num_tokens(num_patches)
+        return Products(linear=tokens * sum(layers), attention=0, first=tokens * layers[0], blocks=0)
 
     def blocks(self) -> list[nn.Module]:
         """Parts large enough to be sharded and checkpointed on their own; none by default."""
@@ -172,6 +197,17 @@ class Resampler(Projector):
         for block in self.attention_blocks:
             hidden = block(hidden, context)
         return self.output(self.output_norm(hidden))
+
+    def products(self, num_patches: int) -> Products:
+        """What a picture of `num_patches` patches costs: keys and values are made of patches and queries, all else of queries."""
+        queries, keys, dim = self.num_queries, num_patches + self.num_queries, self.output.in_features
+        # the norm before the first layers trains, so that their inputs need gradients
+        return Products(
+            linear=self.depth * (10 * queries + 2 * keys) * dim**2 + queries * dim * self.output.out_features,
+            attention=self.depth * 2 * queries * keys * dim,
+            first=0,
+            blocks=self.depth * (6 * queries + 2 * keys) * dim**2,
+        )
 
     def blocks(self) -> list[nn.Module]:
         """The attention blocks."""

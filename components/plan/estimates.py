@@ -5,6 +5,7 @@ from itertools import product
 from typing import Literal
 
 from components.errors import RecipeError
+from components.flops import mfu as mfu_of
 from components.plan.communication import Communication, communication_of
 from components.plan.machine import Machine
 from components.plan.memory import Memory, memory_of
@@ -94,8 +95,8 @@ def estimate(workload: Workload, machine: Machine, schedule: Schedule, mfu: floa
         compute_seconds=compute,
         overlapped_seconds=overlapped,
         serial_seconds=serial,
-        overlapped_mfu=flops / peak / overlapped,
-        serial_mfu=flops / peak / serial,
+        overlapped_mfu=mfu_of(flops, overlapped, peak),
+        serial_mfu=mfu_of(flops, serial, peak),
         tokens_per_second=workload.tokens * workload.global_batch_size / overlapped,
         days=run_seconds / 86400,
         gpu_hours=run_seconds * machine.gpus / 3600,

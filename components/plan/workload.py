@@ -9,7 +9,7 @@ from torch import nn
 
 from components.decoder import Decoder
 from components.errors import RecipeError
-from components.flops import gradients_flow, matmul_parameters, part_flops, recomputed_flops
+from components.flops import gradients_flow, matmul_parameters, part_flops, query_dim, recomputed_flops
 from components.sharding.units import units
 from components.vlm import VisionLanguageModel
 
@@ -220,7 +220,6 @@ def workload_of(
     tower, decoder = model.vision_tower, model.decoder
     flows = gradients_flow(model)
     config: Any = decoder.lm.config
-    head_dim = getattr(config, "head_dim", None) or decoder.embed_dim // config.num_attention_heads
     key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     tokens_per_image = model.projector.num_tokens(tower.num_patches)
     tokens = images_per_sample * tokens_per_image + text_tokens
@@ -240,8 +239,8 @@ def workload_of(
             layers=len(decoder.blocks()),
             width=decoder.embed_dim,
             mlp_dim=_mlp_dim(decoder.blocks()[0]),
-            query_dim=config.num_attention_heads * head_dim,
-            key_dim=key_heads * head_dim,
+            query_dim=query_dim(decoder),
+            key_dim=query_dim(decoder) // config.num_attention_heads * key_heads,
         ),
         vocab_size=decoder.vocab_size,
         image_size=tower.image_size,

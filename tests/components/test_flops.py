@@ -1,10 +1,12 @@
 """The count of FLOPs against PyTorch's own counter on real steps, and the throughput callback against the batches."""
 
 import itertools
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from small_towers import TINY, add_tiny_siglip
 from tiny import (
     ALL,
     DECODER_FROZEN,
@@ -26,8 +28,11 @@ from callbacks.throughput import Throughput
 from components.batch import Document, pack
 from components.decoder import HuggingFaceDecoder, LoRA
 from components.errors import RecipeError
-from components.flops import matmul_parameters, peak_flops, step_flops
-from components.projector import MLP, PixelShuffle
+from components.flops import gradients_flow, matmul_parameters, mfu, peak_flops, recomputed_flops, step_flops
+from components.plan.simulate import _FLOPS
+from components.projector import MLP, Linear, PixelShuffle, Resampler
+from components.sharding.recomputation import recompute
+from components.sharding.units import flowing_modules
 from components.tokenizer import WordTokenizer
 from components.vision_tower import OpenClipTower
 from components.vlm import LearningRates
@@ -40,10 +45,17 @@ RATES = {
     "tower_only": LearningRates(vision_tower=1e-3),
 }
 LORA = LoRA(rank=16, alpha=16.0)
-CASES = {name: (rates, None) for name, rates in RATES.items()}
-CASES |= {f"{name}_lora": (rates, LORA) for name, rates in RATES.items() if rates.decoder is not None}
-PATCHES = 64
-TOLERANCE = 0.02  # the table of the rotary embedding, the input gradient of a first layer
+PROJECTORS = {
+    "linear": Linear,
+    "mlp": partial(MLP, depth=3),
+    "pixel_shuffle": partial(PixelShuffle, factor=2),
+    "resampler": partial(Resampler, num_queries=5, depth=2, num_heads=2),
+}
+CASES = {f"{name}-{projector}": (rates, projector, None) for name, rates in RATES.items() for projector in PROJECTORS}
+CASES |= {f"{name}-lora": (rates, "mlp", LORA) for name, rates in RATES.items() if rates.decoder is not None}
+# the queries are wider than the model, and more than the keys
+DECODER = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_hidden_layers": 3}
+PATCHES = 16
 
 
 def batch_of(lengths_and_pictures, tokens_per_image):
@@ -60,45 +72,121 @@ def batch_of(lengths_and_pictures, tokens_per_image):
     return pack(documents)
 
 
+@pytest.fixture
+def model_of(monkeypatch):
+    """Makes models with or without a class token."""
+
+    def make(rates, projector="mlp", class_token=True, lora=None):
+        named = {"config": TINY} if class_token else {"model_name": add_tiny_siglip(monkeypatch)}
+        return built_model(
+            rates,
+            vision_tower=OpenClipTower(**named, feature_layer=-2),
+            projector=PROJECTORS[projector](),
+            decoder=HuggingFaceDecoder({**LLAMA, **DECODER}, WordTokenizer(), lora=lora),
+        )
+
+    # one operator for a frozen layer of attention, which PyTorch's counter does not know
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    yield make
+    torch.backends.mha.set_fastpath_enabled(before)
+
+
+def batch_for(model):
+    return batch_of([(40, 1), (100, 0), (7, 2)], model.projector.num_tokens(PATCHES))
+
+
+def amounts(batch):
+    squares = float((batch.cumulative_lengths.diff() ** 2).sum())
+    return {
+        "tokens": batch.num_tokens, "squared_lengths": squares, "targets": len(batch.targets), "images": len(batch.pixels),
+    }  # fmt: skip
+
+
 def counted(model, batch):
-    """What PyTorch counts in a forward and backward pass, without the convolution that cuts the patches."""
+    """What PyTorch counts in a forward and backward pass, without the angles of the rotary embedding: one number each."""
     # the fused kernels of the CPU are not counted; the plain one computes the masked half of causal attention too
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.loss_sum(batch).backward()
-    return sum(flops for operation, flops in counter.get_flop_counts()["Global"].items() if "convolution" not in str(operation))
+    return without_angles(counter)
 
 
-@pytest.mark.parametrize("projector", [MLP(depth=2), PixelShuffle(factor=2)], ids=["mlp", "pixel_shuffle"])
-@pytest.mark.parametrize(("rates", "lora"), CASES.values(), ids=CASES)
-def test_equal_pytorchs_counter(rates, projector, lora):
-    # adapters alone need no gradient of the first layer's inputs, which is less of a deeper decoder
-    shape = {"hidden_size": 64, "num_key_value_heads": 4, "num_hidden_layers": 2 if lora is None else 8}
-    model = built_model(
-        rates,
-        vision_tower=OpenClipTower(
-            config={"image_size": 32, "patch_size": 4, "width": 48, "layers": 3, "head_width": 16}, feature_layer=-2
-        ),
-        projector=projector,
-        decoder=HuggingFaceDecoder({**LLAMA, **shape}, WordTokenizer(), lora=lora),
-    )
-    batch = batch_of([(40, 1), (100, 0), (7, 2)], projector.num_tokens(PATCHES))
-    lengths = batch.cumulative_lengths.diff()
-    squared = float((lengths**2).sum())
-    amounts = {"tokens": batch.num_tokens, "targets": len(batch.targets), "images": len(batch.pixels)}
-    sizes = matmul_parameters(model)
-    ours = step_flops(model, sizes, squared_lengths=squared, **amounts)
-    masked_half = ours - step_flops(model, sizes, squared_lengths=0.0, **amounts)
-    assert masked_half > 2 * TOLERANCE * ours  # otherwise attention would not be tested
-    assert ours + masked_half == pytest.approx(counted(model, batch), rel=TOLERANCE)
+def without_angles(counter):
+    angles = counter.get_flop_counts().get("TinyModel.decoder.lm.model.rotary_emb", {})
+    return counter.get_total_flops() - sum(angles.values())
+
+
+def masked_half(model, batch, passes):
+    """The half of causal attention that our count leaves out, in that many passes: forward is one, backward two."""
+    squares = amounts(batch)["squared_lengths"]
+    return passes * DECODER["num_hidden_layers"] * 2 * squares * DECODER["num_attention_heads"] * DECODER["head_dim"]
+
+
+def never_computed(model, batch):
+    """Gradients of what nothing before the part makes: embeddings where adapters alone train, queries of a frozen resampler."""
+    rates, projector = model.learning_rates, model.projector
+    if rates.vision_tower and not rates.projector and isinstance(projector, Resampler):
+        queries, keys, dim = projector.num_queries, PATCHES + projector.num_queries, model.vision_tower.feature_dim
+        return len(batch.pixels) * (2 * queries * dim**2 + 2 * queries * keys * dim)  # their layer, and their part of attention
+    if model.decoder.lora is None or rates.projector or rates.vision_tower:
+        return 0
+    first = model.decoder.blocks()[0].self_attn
+    layers = [parameter for name in "qkv" for parameter in getattr(first, f"{name}_proj").parameters()]
+    return 2 * batch.num_tokens * sum(p.numel() for p in layers if LLAMA["hidden_size"] in p.shape[1:])
+
+
+@pytest.mark.parametrize(("rates", "projector", "lora"), CASES.values(), ids=CASES)
+def test_equal_pytorchs_counter(rates, projector, lora, model_of):
+    model = model_of(rates, projector, class_token=projector in ("mlp", "resampler"), lora=lora)
+    batch = batch_for(model)
+    ours = step_flops(model, matmul_parameters(model), **amounts(batch))
+    expected = counted(model, batch) + never_computed(model, batch)
+    assert ours + masked_half(model, batch, passes=3 if gradients_flow(model)["decoder"] else 1) == expected
+
+
+def checkpointed(model, what):
+    """The model with its blocks as a sharded run with checkpointing has them."""
+    flowing = flowing_modules(model)
+    for block in (block for part in model.parts.values() for block in part.blocks()):
+        if block in flowing:
+            recompute(block, what)
+    return model
+
+
+@pytest.mark.parametrize("projector", ["mlp", "resampler"])
+@pytest.mark.parametrize("rates", [ALL, TOWER_FROZEN, DECODER_FROZEN], ids=["all", "tower_frozen", "projector_only"])
+def test_what_full_checkpointing_adds(rates, projector, model_of):
+    plain = model_of(rates, projector)
+    batch = batch_for(plain)
+    added = counted(checkpointed(model_of(rates, projector), "full"), batch) - counted(plain, batch)
+    known = {name: number for name, number in amounts(batch).items() if name != "targets"}
+    assert added == recomputed_flops(plain, matmul_parameters(plain), **known) + masked_half(plain, batch, passes=1)
+
+
+def test_selective_checkpointing_adds_nothing(model_of):
+    plain, selective = model_of(ALL), checkpointed(model_of(ALL), "selective")
+    batch, counts = batch_for(plain), []
+    for model in (plain, selective):
+        with FlopCounterMode(display=False, custom_mapping=_FLOPS) as counter:  # with the kernels of attention, which are kept
+            model.loss_sum(batch).backward()
+        counts.append(without_angles(counter))
+    assert counts[0] == counts[1] == step_flops(plain, matmul_parameters(plain), **amounts(batch))
 
 
 def test_matmul_parameters_by_hand():
     sizes = matmul_parameters(built_model())
     tower, decoder = 2 * 12 * 16**2, 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
-    assert sizes == {"vision_tower": tower, "projector": 16 * 32 + 32 * 32, "decoder": decoder, "adapters": 0, "head": 32 * 260}
+    patches = 3 * 8 * 8 * 16
+    assert sizes == {
+        "vision_tower": tower, "patch_embedding": patches, "decoder": decoder, "adapters": 0, "head": 32 * 260,
+    }  # fmt: skip
     lora = LoRA(rank=3, alpha=1.0, target_modules=["q_proj", "down_proj"])
     adapted = matmul_parameters(built_model(decoder=HuggingFaceDecoder(LLAMA, WordTokenizer(), lora=lora)))
     assert adapted == {**sizes, "adapters": 2 * 3 * ((32 + 32) + (48 + 32))}
+
+
+def test_mfu():
+    assert mfu(3e15, seconds=2.0, peak=8 * 312e12) == pytest.approx(3 / 2 / 2.496)
 
 
 def test_peaks():
