@@ -7,6 +7,7 @@ from tiny import DECODER_FROZEN, LLAMA, TOWER, TOWER_FROZEN, built_model, gradie
 
 from components.batch import IGNORE_INDEX, IMAGE_TOKEN_ID, pack
 from components.vision_tower import OpenClipTower
+from tests.benchmarks import step
 from tests.benchmarks.peers import llava_style_loss, marked, padded, transformers_llava, transformers_loss
 from tests.benchmarks.workloads import documents
 
@@ -99,3 +100,59 @@ def test_an_id_that_stands_for_pictures_is_refused(model):
     made[1].input_ids[-1] = LLAMA["vocab_size"] - 1
     with pytest.raises(ValueError, match="holds id 259"):
         padded(made, model, "cpu")
+
+
+COLUMNS = [
+    "", "tokens", "padded", "labels", "transformers, s", "ours, s", "LLaVA style", "ours", "logits of all tokens", "padded rows",
+    "one mask for the row", "whole tower", "differ by",
+]  # fmt: skip
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_the_table_has_every_step_and_how_far_they_are_apart():
+    threads = torch.get_num_threads()
+    text = step.main(["--workloads", "captions-28", "captions-28-align", "--samples", "2", "--rounds", "1"])
+    assert torch.get_num_threads() == threads
+    header, _, *rows = text.splitlines()[3:]
+    assert cells(header) == COLUMNS
+    assert [cells(row)[0] for row in rows] == ["captions, 28 px", "captions, 28 px, projector only"]
+    for row in rows:
+        found = dict(zip(COLUMNS, cells(row), strict=True))
+        assert int(found["labels"]) < int(found["tokens"]) <= int(found["padded"])
+        assert 0 < float(found["differ by"]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "words"),
+    [
+        ("ours", lambda loss: loss * 1.001, "is 1.0e-03 off"),
+        ("padded rows", lambda loss: loss + 0 * loss.detach() * float("nan"), "is nan off"),
+    ],
+)
+def test_a_step_that_computes_something_else_is_not_timed(monkeypatch, name, wrong, words):
+    steps = step.Case.steps.fget
+    others = property(lambda case: {**steps(case), name: lambda: wrong(steps(case)[name]())})
+    monkeypatch.setattr(step.Case, "steps", others)
+    with pytest.raises(SystemExit, match=rf"{name}: .* {words}"):
+        step.main(["--workloads", "captions-28", "--samples", "2", "--rounds", "1"])
+
+
+def test_a_step_without_a_gradient_is_not_timed():
+    expected = {"loss": torch.ones(()), "a": torch.ones(2), "b": torch.ones(2)}
+    with pytest.raises(SystemExit, match="ours: b has a gradient in one of the two steps only"):
+        step.worst_difference("ours", {"loss": torch.ones(()), "a": torch.ones(2)}, expected)
+
+
+@pytest.mark.parametrize("name", ["captions", "captions-225", "chats-224", "captions-224-frozen"])
+def test_other_workloads_are_refused(name):
+    with pytest.raises(SystemExit, match=f"{name} is no workload"):
+        step.main(["--workloads", name])
+
+
+def test_the_profile_says_where_the_time_goes():
+    text = step.main(["--workloads", "captions-28", "--samples", "2", "--profile"])
+    kinds = [cells(row)[0] for row in text.splitlines() if row.startswith("|")]
+    assert {"matrix products", "attention"} <= set(kinds)
