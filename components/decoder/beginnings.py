@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from components.decoder.attention import PACKED, attention
 
@@ -18,13 +19,53 @@ from components.decoder.attention import PACKED, attention
 CACHE = "cache" if "cache" in signature(GenerationMixin.prepare_inputs_for_generation).parameters else "past_key_values"
 
 
-def cache_of_beginnings(
+class ReservedLayer(DynamicLayer):
+    """Keys and values of a block in, those of all tokens so far out, in memory that is there from the start.
+
+    Transformers' own layer copies all of them for every new token.
+
+    Args:
+        capacity: Columns that there will be.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.capacity = capacity
+
+    def update(
+        self,
+        key_states: Float[Tensor, "prompts key_heads new head_dim"],
+        value_states: Float[Tensor, "prompts key_heads new value_dim"],
+        *args: object,
+        **kwargs: object,
+    ) -> tuple[Float[Tensor, "prompts key_heads tokens head_dim"], Float[Tensor, "prompts key_heads tokens value_dim"]]:
+        """Write the new columns behind the others."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.memory = [new.new_empty(*new.shape[:2], self.capacity, new.shape[3]) for new in (key_states, value_states)]
+        begin = self.get_seq_length()
+        end = begin + key_states.shape[2]
+        for memory, new in zip(self.memory, (key_states, value_states), strict=True):
+            memory[:, :, begin:end] = new
+        self.keys, self.values = (memory[:, :, :end] for memory in self.memory)
+        return self.keys, self.values
+
+
+def reserved_cache(lm: PreTrainedModel, capacity: int) -> DynamicCache:
+    """An empty cache for prompts and answers of together `capacity` columns; layers that see a window are transformers' own."""
+    cache = DynamicCache(config=lm.config)
+    cache.layers = [ReservedLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+def fill_beginnings(
     lm: PreTrainedModel,
     inputs_embeds: Float[Tensor, "prompts length embed_dim"],
     attention_mask: Int64[Tensor, "prompts length"],
     beginnings: list[tuple[int, int]],
-) -> DynamicCache:
-    """Left-padded prompts in; keys and values of their first columns out, perhaps of none.
+    cache: DynamicCache,
+) -> None:
+    """Left-padded prompts in; keys and values of their first columns are put into an empty cache, perhaps of none.
 
     Every row ends with as many columns that are not in the cache, so that the rest has the padding of the whole: it is what the
     longest ending takes, and of rows with a shorter one the end of the beginning is computed again.
@@ -34,6 +75,7 @@ def cache_of_beginnings(
         inputs_embeds: Embeddings of the prompts, padded on the left.
         attention_mask: 1 at prompt tokens, 0 at padding.
         beginnings: For each prompt the row of the first that begins like it, and how many tokens they share.
+        cache: Takes them.
     """
     longest = inputs_embeds.shape[1]
     padding = (longest - attention_mask.sum(1)).tolist()
@@ -58,9 +100,8 @@ def cache_of_beginnings(
             max_length_k=max(lengths.values()),
             **{CACHE: packed},
         )
-    cache = DynamicCache(config=lm.config)
     if columns <= 0:
-        return cache
+        return
     offsets = torch.tensor([starts.get(first, 0) - pad for pad, (first, _) in zip(padding, beginnings, strict=True)])
     places = (offsets[:, None] + torch.arange(columns)).clamp(min=0).to(inputs_embeds.device)  # of padding: any
     for number, layer in enumerate(packed.layers):
@@ -68,4 +109,3 @@ def cache_of_beginnings(
         keys, values = (states[0][:, places].transpose(0, 1) for states in (layer.keys, layer.values))
         cache.update(keys, values, number)
         layer.keys = layer.values = None
-    return cache

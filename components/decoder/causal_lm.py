@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from components.decoder.architecture import architecture, compare, unreadable
 from components.decoder.attention import PACKED, attention, packed_hidden_states
 from components.decoder.base import Decoder
-from components.decoder.beginnings import CACHE, cache_of_beginnings
+from components.decoder.beginnings import CACHE, fill_beginnings, reserved_cache
 from components.decoder.lora import LoRA, adapters, insert
 from components.decoder.probe import prove
 from components.decoder.released import KEY, load_released
@@ -160,9 +160,10 @@ class HuggingFaceDecoder(Decoder):
         # every step gathers the shards: a rank whose answers have ended goes on until those of the others have
         sharded = any(isinstance(parameter, DTensor) for parameter in self.lm.parameters())
         sharded = sharded or any(isinstance(module, FullyShardedDataParallel) for module in self.lm.modules())
-        prompts: dict[str, Any] = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
+        cache = reserved_cache(self.lm, inputs_embeds.shape[1] + max_new_tokens)
         if beginnings and (sharded or len({first for first, _ in beginnings}) < len(beginnings)):
-            prompts[CACHE] = cache_of_beginnings(self.lm, inputs_embeds, attention_mask, beginnings)
+            fill_beginnings(self.lm, inputs_embeds, attention_mask, beginnings, cache)
+        prompts: dict[str, Any] = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, CACHE: cache}
         with attention(self.lm, "sdpa"):
             return self.lm.generate(**prompts, generation_config=settings, synced_gpus=sharded)
 

@@ -7,7 +7,7 @@ from test_decoder import built, left_padded
 from tiny import TOKENS_PER_IMAGE, Numbers, built_model, tiny_document
 
 from components.batch import IGNORE_INDEX, IMAGE_TOKEN_ID, Document
-from components.decoder.beginnings import cache_of_beginnings
+from components.decoder.beginnings import fill_beginnings, reserved_cache
 from components.prompts import shared_beginnings
 
 STEPS, END = 4, 2
@@ -64,7 +64,8 @@ def test_a_rank_without_beginnings_gathers_the_weights_as_often(beginnings):
     decoder = built()
     passes = []
     decoder.lm.base_model.layers[0].register_forward_hook(lambda module, given, output: passes.append(output.shape[1]))
-    cache = cache_of_beginnings(decoder.lm, *left_padded(decoder, [ids(4, 0), ids(2, 1)]), beginnings)
+    cache = reserved_cache(decoder.lm, 5)
+    fill_beginnings(decoder.lm, *left_padded(decoder, [ids(4, 0), ids(2, 1)]), beginnings, cache)
     assert passes == [1]
     assert cache.get_seq_length() == 0
 
