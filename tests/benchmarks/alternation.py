@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningDataModule, Trainer
+from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 
@@ -30,7 +31,7 @@ class Ready(LightningDataModule):
 
 @dataclass
 class Timing:
-    """Of each block the seconds of a step; the most memory that a block took, in GiB."""
+    """Of each block the seconds of a step; the most memory that tensors took in a block, in GiB."""
 
     seconds: list[float] = field(default_factory=list)
     gib: float = 0.0
@@ -65,6 +66,7 @@ class Alternate(Callback):
         self.accumulation, self.at_start, self.profiled = accumulation, at_start, profiled
         self.timings = {(phase, name): Timing() for phase in phases for name in (OURS, *peers)}
         self.profiles: dict[str, profile] = {}
+        self.graphs: list[int] = []
 
     @property
     def steps_of_phase(self) -> int:
@@ -112,6 +114,7 @@ class Alternate(Callback):
 
     def _start(self, device: torch.device) -> float:
         synchronize(device)
+        self.graphs.append(counters["stats"]["unique_graphs"])
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         return time.perf_counter()

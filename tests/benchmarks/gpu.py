@@ -11,13 +11,14 @@ process has timed. `--small --device cpu` goes through the same code on a laptop
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -82,8 +83,8 @@ def _case(decoder: str, tower: str, rates: LearningRates, captions: int, instruc
 
 
 CASES = {
-    "7b_full_224": _case("llama2_7b", "clip_vit_l", FULL, 16, 8, 4),
-    "7b_full_336": _case("llama2_7b", "clip_vit_l_336", FULL, 8, 6, 4),
+    "7b_full_224": _case("llama2_7b", "clip_vit_l", FULL, 16, 8, 2),
+    "7b_full_336": _case("llama2_7b", "clip_vit_l_336", FULL, 8, 6, 2),
     "13b_align_224": _case("llama2_13b", "clip_vit_l", ALIGN, 32, 16, 1),
     "13b_align_336": _case("llama2_13b", "clip_vit_l_336", ALIGN, 16, 12, 1),
 }
@@ -104,7 +105,7 @@ def main(arguments: list[str]) -> str | None:
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--warmup", type=int, default=3, help="Steps before the first block, >= 1.")
     parser.add_argument("--blocks", type=int, default=3, help="Blocks of each step, >= 1.")
-    parser.add_argument("--steps", type=int, default=4, help="Steps of a block, >= 1.")
+    parser.add_argument("--steps", type=int, default=2, help="Steps of a block, >= 1.")
     parser.add_argument("--profile", action="store_true", help="Say where the time of one of our steps goes.")
     parser.add_argument("--not-compiled", action="store_true", help="Also time our step without compiled blocks.")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -114,9 +115,11 @@ def main(arguments: list[str]) -> str | None:
         return None
     # a process for each case: what one leaves in memory is no matter for the next
     rows, notes = [], []
+    # micro-batches differ in their tokens
+    environment = os.environ | {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     for name in tqdm(options.cases, unit="case", file=sys.stderr):
         command = [sys.executable, "-m", "tests.benchmarks", "gpu", *arguments, "--one", name]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
         if done.returncode:
             notes.append(f"{name} failed.")
             continue
@@ -145,8 +148,10 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     }
     forecast = Forecast(build(case, options.small, VisionLanguageModel), strategy.layout, case.accumulation, device)
     recomputes = {kind: forecast.of_theirs(micro_batches[kind]) > forecast.gib for kind in KINDS}
+    uncompiled = replace(strategy.layout, compile_blocks=False)
+    fits = all(forecast.of_ours(micro_batches[kind], uncompiled).fits for kind in KINDS)
     peers = Peers(model, micro_batches, case.accumulation, recomputes)
-    functions = {THEIRS: peers.theirs} | ({UNCOMPILED: peers.uncompiled} if options.not_compiled else {})
+    functions = {THEIRS: peers.theirs} | ({UNCOMPILED: peers.uncompiled} if options.not_compiled and fits else {})
     alternate = Alternate(
         KINDS, functions, options.warmup, options.blocks, options.steps, case.accumulation, peers.gate, options.profile
     )
@@ -163,18 +168,24 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         timed = micro_batches[kind][options.warmup * case.accumulation :][: options.blocks * options.steps * case.accumulation]
         work = Work.of(model, timed)
         for step in (OURS, *functions):
-            timing, name_of_step = alternate.timings[kind, step], step
+            timing, words = alternate.timings[kind, step], step
             if step == THEIRS and recomputes[kind]:
-                name_of_step += ", recomputing"
-            rows.append(
-                [name, kind, name_of_step, *work.figures(timing, options.steps, ceiling, device), ratios(alternate, kind, step)]
-            )
-        measured = alternate.timings[kind, OURS].gib
-        notes.append(f"- {name}, {kind}: plan expects {forecast.of_ours(micro_batches[kind])}, measured {measured:.1f} GiB")
+                words += ", recomputing"
+            rows.append([name, kind, words, *work.figures(timing, options.steps, ceiling, device), ratios(alternate, kind, step)])
+        expected, measured = forecast.of_ours(micro_batches[kind], strategy.layout), alternate.timings[kind, OURS]
+        tensors = expected.total - expected.allowance
+        notes.append(
+            f"- {name}, {kind}: `plan` expects {tensors:.1f} GiB of tensors, {measured.gib:.1f} GiB were measured; with context and "
+            f"fragments it allows for {expected.total:.1f} GiB."
+        )
         if options.profile:
             notes.append(where_time_goes(f"One step of {name}, {kind}, ours", alternate.profiles[kind], device))
     card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    notes.append(f"- {name}: {card}, ceiling {ceiling / 1e12:.3g} TFLOP/s; {'; '.join(peers.remarks)}")
+    notes.append(
+        f"- {name}: {card}, ceiling {ceiling / 1e12:.3g} TFLOP/s; {case.accumulation} micro-batches a step; "
+        f"{'; '.join(peers.remarks)}; "
+        f"{alternate.graphs[0]} graphs compiled before the first timed step, {alternate.graphs[-1] - alternate.graphs[0]} after it."
+    )
     return {"rows": rows, "notes": notes}
 
 

@@ -30,11 +30,10 @@ class Forecast:
         gpu = GPUS["h100-80gb" if device.type == "cuda" and "H100" in torch.cuda.get_device_name() else "h200-141gb"]
         self.machine, self.gib = Machine(1, 1, gpu, 25e9), gpu.memory_gib
 
-    def of_ours(self, micro_batches: list[list[Document]]) -> str:
-        """Of our step, in words."""
+    def of_ours(self, micro_batches: list[list[Document]], layout: Layout) -> Memory:
+        """Of our step."""
         largest = max((pack(micro_batch) for micro_batch in micro_batches), key=lambda batch: batch.num_tokens)
-        memory = self._memory(self.layout, len(largest.sample_ids), largest.num_tokens, len(largest.targets))
-        return f"{memory.total - memory.allowance:.1f} GiB of tensors ({memory.total:.1f} with what it allows for)"
+        return self._memory(layout, len(largest.sample_ids), largest.num_tokens, len(largest.targets))
 
     def of_theirs(self, micro_batches: list[list[Document]]) -> float:
         """Of transformers' step, in GiB: padding and logits at every position, blocks uncompiled, nothing computed again."""

@@ -57,8 +57,8 @@ def documents(decoder: HuggingFaceDecoder) -> list[torch.Tensor]:
 
 def packed(decoder: HuggingFaceDecoder, ids: list[torch.Tensor]) -> torch.Tensor:
     lengths = [len(one) for one in ids]
-    positions = torch.cat([torch.arange(length) for length in lengths])
-    ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    positions = torch.cat([torch.arange(length, device=ids[0].device) for length in lengths])
+    ends = torch.tensor([0, *lengths], device=ids[0].device).cumsum(0).to(torch.int32)
     return decoder.head(decoder(decoder.embed(torch.cat(ids)), positions, ends, max(lengths)))
 
 
