@@ -175,8 +175,8 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         expected, measured = forecast.of_ours(micro_batches[kind], strategy.layout), alternate.timings[kind, OURS]
         tensors = expected.total - expected.allowance
         notes.append(
-            f"- {name}, {kind}: `plan` expects {tensors:.1f} GiB of tensors, {measured.gib:.1f} GiB were measured; with context and "
-            f"fragments it allows for {expected.total:.1f} GiB."
+            f"- {name}, {kind}: `plan` expects {tensors:.1f} GiB of tensors, {measured.gib:.1f} GiB were measured; with context "
+            f"and fragments it allows for {expected.total:.1f} GiB."
         )
         if options.profile:
             notes.append(where_time_goes(f"One step of {name}, {kind}, ours", alternate.profiles[kind], device))
