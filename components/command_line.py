@@ -39,6 +39,14 @@ from components.vlm import VisionLanguageModel
 SECTIONS = {"warmup": Warmup, "throughput": Throughput, "guards": Guards, "checkpoint": Checkpoint, "validation": Validation}
 """Callbacks that are top-level sections of a recipe, so that an overlay merges them key by key."""
 
+COMMANDS = {
+    "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"},
+    "validate": {"model", "dataloaders", "datamodule", "weights_only", "verbose"},
+    "test": {"model", "dataloaders", "datamodule", "weights_only", "verbose"},
+    "predict": {"model", "dataloaders", "datamodule", "weights_only", "return_predictions"},
+}
+"""The Trainer's methods that are commands, with the arguments that are not options."""
+
 NAME_BENCHMARKS = "Name some with --validation recipes/validation/NAME.yaml."
 _SECONDS_TO_END = 10
 """For the processes that Lightning has started, when this one ends with an error."""
@@ -48,6 +56,7 @@ class RecipeCLI(LightningCLI):
     """A recipe in, a run in its own folder out."""
 
     def __init__(self, args: ArgsType = None, run: bool = True) -> None:
+        self._command = args[0] if run and isinstance(args, list) and args and args[0] in COMMANDS else None
         for chatter in ("lightning.pytorch", "lightning.fabric"):
             logging.getLogger(chatter).setLevel(logging.WARNING)
         # lightning 2.6 calls what torch 2.15 has deprecated
@@ -76,15 +85,12 @@ class RecipeCLI(LightningCLI):
             parser_kwargs=strict | {command: dict(strict) for command in self.subcommands()},
         )
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """The Trainer's methods that are commands, with the arguments that this class gives."""
-        return {
-            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"},
-            "validate": {"model", "dataloaders", "datamodule", "weights_only", "verbose"},
-            "test": {"model", "dataloaders", "datamodule", "weights_only", "verbose"},
-            "predict": {"model", "dataloaders", "datamodule", "weights_only", "return_predictions"},
-        }
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The command that is given, or all, with the arguments that this class gives to the Trainer's method.
+
+        Differs: from Lightning, which builds the parsers of all four, each as long as the one that is used.
+        """
+        return {self._command: COMMANDS[self._command]} if self._command else COMMANDS
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)

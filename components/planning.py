@@ -31,11 +31,6 @@ class PlanCLI(RecipeCLI):
     recipe: Any
     """The sections, instantiated; the trainer's stays a namespace."""
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Fit alone."""
-        return {"fit": RecipeCLI.subcommands()["fit"]}
-
     def _set_seed(self) -> None:
         """A plan draws nothing."""
 

@@ -11,8 +11,8 @@ from small_recipe import fit, write_recipe
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main
-from components.rebuild import load
 from components.data import Sample
+from components.rebuild import load
 from components.run_folder import find_checkpoint
 from components.turns import Turn
 
