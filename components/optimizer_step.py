@@ -61,6 +61,14 @@ class OptimizerStep:
         return self.targets == 0 or not self.finite
 
 
+def of_all_ranks(totals: Float[Tensor, " two"], wishes: Wishes, ranks: int) -> Float[Tensor, " four"]:
+    """Loss, targets and wishes of this rank in, their sums over all ranks out, as `OptimizerStep` has them. Called on all ranks."""
+    sums = torch.cat([totals, *(torch.full_like(totals[:1], wish) for wish in wishes.numbers())])
+    if ranks > 1:
+        torch.distributed.all_reduce(sums)  # not by the strategy, which would wait for the device before it
+    return sums
+
+
 def divide_gradients(parameters: Iterable[nn.Parameter], count: Float[Tensor, ""]) -> None:
     """Divide all gradients, whole or sharded, by one number."""
     gradients = [p.grad for p in parameters if p.grad is not None]

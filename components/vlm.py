@@ -8,6 +8,7 @@ from collections.abc import Collection
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -22,7 +23,7 @@ from components.decoder import Decoder
 from components.errors import RecipeError
 from components.learning_rates import LearningRates
 from components.loss import cross_entropy_sum
-from components.optimizer_step import OptimizerStep, Wishes, divide_gradients
+from components.optimizer_step import OptimizerStep, Wishes, divide_gradients, of_all_ranks
 from components.projector import Projector
 from components.prompts import left_padded
 from components.random_streams import random_stream, seed_at
@@ -199,6 +200,10 @@ class VisionLanguageModel(LightningModule):
         for name, part in self.parts.items():
             part.train(getattr(self.learning_rates, name) is not None)
 
+    def log(self, name: str, value: int | float | Tensor, **options: Any) -> None:  # type: ignore[override]
+        """Log a number at the step. If the host made it, the device writes it anew: to copy it there would wait for the device."""
+        super().log(name, value if isinstance(value, Tensor) else torch.full((), float(value), device=self.device), **options)
+
     # --- the step
 
     def fuse(self, batch: Batch) -> Float[Tensor, "tokens embed_dim"]:
@@ -243,9 +248,8 @@ class VisionLanguageModel(LightningModule):
         if (self.trainer.fit_loop.batch_idx + 1) % self.trainer.accumulate_grad_batches:
             return
         assert self.step_totals is not None
-        loss, count = self.step_totals
-        mine = torch.stack([loss, count, *(torch.full_like(loss, wish) for wish in self.wishes.numbers())])
-        self.step_totals, self.all_totals = None, self.trainer.strategy.reduce(mine, reduce_op="sum")
+        self.all_totals = of_all_ranks(self.step_totals, self.wishes, self.trainer.world_size)
+        self.step_totals = None
         divide_gradients(self.parameters(), self.all_totals[1].clamp(min=1))
 
     def configure_gradient_clipping(
@@ -258,7 +262,7 @@ class VisionLanguageModel(LightningModule):
         if self.step.skipped:
             self.zero_grad(set_to_none=True)
             return
-        self.log("train/loss", self.all_totals[0] / self.all_totals[1], prog_bar=True)
+        self.log("train/loss", self.all_totals[0] / self.all_totals[1])
         self.log("norm/gradient", norm)
         if gradient_clip_val:
             nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, norm)
