@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import tiny_batch, tiny_document, tiny_documents
+from torch.overrides import TorchFunctionMode
 
 from components.batch import IGNORE_INDEX, IMAGE_TOKEN_ID, Document, pack
 
@@ -100,3 +101,27 @@ def test_to_moves_every_tensor_and_nothing_else():
             assert value.device.type == "cpu"
         else:
             assert getattr(moved, name) is value
+
+
+class Moves(TorchFunctionMode):
+    """The tensors that are moved, and whether the host waits for them."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.to:
+            self.seen.append((args[0], not kwargs["non_blocking"]))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_device_gets_pixels_as_bytes_and_lets_nobody_wait():
+    batch = tiny_batch()
+    with Moves() as moves:
+        batch.to("meta")
+    assert batch.pixels.dtype == torch.uint8 and batch.pixels.nbytes == batch.pixels.numel()
+    assert any(tensor is batch.pixels for tensor, _ in moves.seen)
+    assert len(moves.seen) == 7 and not any(waits for _, waits in moves.seen)
+    with Moves() as moves:
+        batch.to(torch.device("cpu"))
+    assert all(waits for _, waits in moves.seen)  # what a GPU sends could be read before it has come

@@ -78,6 +78,18 @@ def test_frozen_parts(rates):
         assert all((parameter.grad is not None) == trained for parameter in part.parameters())
 
 
+@pytest.mark.parametrize("rates", RATES.values(), ids=RATES)
+def test_a_frozen_tower_keeps_nothing_for_the_backward_pass(rates):
+    model = built_model(rates)
+    kept, inside = [], []
+    model.vision_tower.register_forward_pre_hook(lambda *arguments: inside.append(True))
+    model.vision_tower.register_forward_hook(lambda *arguments: inside.clear())
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(bool(inside)) or tensor, lambda tensor: tensor):
+        model.loss_sum(tiny_batch())
+    assert any(kept) == (rates.vision_tower is not None)
+    assert not all(kept)  # what comes after it keeps some in any case
+
+
 def test_frozen_decoder_with_weights_of_its_own(tmp_path):
     """Reading weights makes new parameters, which must be frozen too."""
     built_model().decoder.lm.save_pretrained(tmp_path)

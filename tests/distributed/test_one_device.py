@@ -1,0 +1,78 @@
+"""One process that shards nothing: the same run as without a strategy, with compiled blocks and frozen parts in their own precision."""
+
+import os
+from functools import partial
+
+import pytest
+import torch
+import training_runs as runs
+from lightning import Callback
+from tiny import TOWER_FROZEN, tiny_document, weights
+from training_runs import CURVE_RATES, hybrid, twenty_steps
+
+from components.sharding import HybridSharding
+
+STEPS = twenty_steps()[:3]
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """The run may make a process group of its own, of which nothing is left."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+class Asked(Callback):
+    """What the model says at the end."""
+
+    def on_train_end(self, trainer, pl_module):
+        pl_module.eval()
+        prompts = [tiny_document(6, (0,)), tiny_document(9)]
+        self.answers = pl_module.generate_ids(prompts, 5, end_token_id=2)
+
+
+def assert_equal_to_plain(tolerance, **options):
+    ran = []
+    for strategy in (lambda: "auto", hybrid(1, 1, **options)):
+        asked = Asked()
+        run = runs.train(CURVE_RATES, STEPS, clip=0.3, accumulate=2, callbacks=[asked], strategy=strategy)
+        ran.append((run, asked.answers))
+    (plain, expected), (run, answers) = ran
+    for name in ("train/loss", "norm/gradient"):
+        assert run.series(name) == pytest.approx(plain.series(name), rel=tolerance, abs=0), name
+    assert run.validation == pytest.approx(plain.validation, rel=tolerance, abs=0)
+    assert answers == expected
+    assert run.weights.keys() == plain.weights.keys()
+    if not tolerance:
+        assert all(torch.equal(tensor, plain.weights[name]) for name, tensor in run.weights.items())
+
+
+def test_equals_the_run_without_a_strategy():
+    assert_equal_to_plain(0.0, replicate_frozen=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"activation_checkpointing": "selective"}, {"reshard_after_forward": False}])
+def test_options_equal_the_run_without_a_strategy(options):
+    assert_equal_to_plain(0.0, **options)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_equal_the_run_without_a_strategy(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    assert_equal_to_plain(1e-5, compile_blocks=True, replicate_frozen=True)
+
+
+def test_frozen_parts_are_held_in_the_precision_that_they_are_used_in():
+    held = {}
+
+    def read(model):
+        held.update({name: parameter.dtype for name, parameter in model.named_parameters()})
+        return weights(model)
+
+    strategy = partial(HybridSharding, 1, 1, replicate_frozen=True)
+    runs.train(TOWER_FROZEN, STEPS[:2], strategy=strategy, read=read)
+    for name, dtype in held.items():
+        assert dtype == (torch.bfloat16 if name.startswith("vision_tower") else torch.float32), name
