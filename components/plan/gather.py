@@ -151,7 +151,7 @@ def _moved(layout: Layout | None, stated: tuple[int, int], planned: tuple[int, i
 
 def _whole(running: Running) -> Layout:
     """The layout of a strategy that leaves the model whole on every rank."""
-    return Layout(running.ranks, 1, "bfloat16" if running.precision.startswith("bf16") else "float32")
+    return Layout(running.ranks, 1, "bfloat16" if running.precision.startswith("bf16") else "float32", whole=True)
 
 
 def _unlearned(model: VisionLanguageModel) -> tuple[str, ...]:

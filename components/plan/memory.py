@@ -1,12 +1,14 @@
 """Memory: what lies on one GPU at the peak of a step, by component.
 
 Static parts are exact. Activations are what autograd saves of the layers as they are: transformers' LLaMA block, whose RMSNorm
-keeps fp32 copies unless the block is compiled, and open_clip's vision block; other architectures are taken for these. The
-components do not all peak at the same moment, so that their sum is a bound rather than a forecast.
+keeps fp32 copies unless the block is compiled, and open_clip's vision block; other architectures are taken for these. Nearly all
+of it is there when backward begins: the gradients of the step before are freed only then. Units in flight and gradients on their
+way peak at other moments, so that the sum is a bound.
 """
 
 from dataclasses import dataclass, fields
 
+from components.loss import pieces_of
 from components.plan.communication import BYTES, sent_units
 from components.plan.machine import GIB, Machine
 from components.plan.schedule import Schedule
@@ -29,9 +31,11 @@ class Memory:
         optimizer: Both moments of Adam, fp32.
         frozen: Frozen parameters: fp32 shards, or whole in the number format of the computation.
         gathered: Whole units in flight, in the number format of the computation: two blocks and the root, or all that were kept.
+            Where the model is whole, what autocast casts for backward.
         reduction: Gradients of a block on their way: as computed, and as they are sent; and those of the root, until the end.
+            Where the model is whole on several ranks, the buckets in which gradients are sent.
         activations: What backward needs of forward.
-        logits: Logits, their probabilities and gradients, on the supervised positions.
+        logits: Probabilities and two gradients of the logits, fp32, at the supervised positions, or at as many as are held at once.
         allowance: CUDA context, communication buffers and fragmentation: an estimate.
         usable: What the GPU has.
     """
@@ -79,8 +83,7 @@ def memory_of(workload: Workload, machine: Machine, schedule: Schedule) -> Memor
         "gathered": _gathered(workload, schedule),
         "reduction": _reduction(workload, schedule),
         "activations": activations(workload, schedule),
-        # in the format of the computation, their fp32 probabilities, and fp32 gradients
-        "logits": (BYTES[layout.param_dtype] + 8) * workload.vocab_size * workload.target_tokens * schedule.micro_batch,
+        "logits": _logits(workload, schedule),
     }
     gib = {name: number / GIB for name, number in parts.items()}
     return Memory(**gib, allowance=CONTEXT_GIB + FRAGMENTATION * sum(gib.values()), usable=machine.gpu.memory_gib)
@@ -89,9 +92,10 @@ def memory_of(workload: Workload, machine: Machine, schedule: Schedule) -> Memor
 def _gathered(workload: Workload, schedule: Schedule) -> int:
     """Bytes of the units in flight."""
     layout = schedule.layout
-    if layout.ranks == 1:  # nothing is gathered; autocast keeps a copy of every weight until the end of forward
-        whole = sum(unit.padded(1) for unit in workload.units)
-        return 0 if layout.param_dtype == "float32" else BYTES[layout.param_dtype] * whole
+    if layout.whole:  # matrix products keep what was cast for them until their backward pass
+        cast = sum(parameter.size for unit in workload.units for parameter in unit.parameters if unit.gradients_flow)
+        table = workload.vocab_size * workload.decoder.width  # of the embeddings, which no product reads
+        return 0 if layout.param_dtype == "float32" else BYTES[layout.param_dtype] * (cast - table)
     units = sent_units(workload, layout)
     root = sum(unit.padded(layout.shards) for unit in units if unit.is_root)
     kept = sum(unit.padded(layout.shards) for unit in units if unit.gradients_flow and not unit.is_root)
@@ -103,11 +107,20 @@ def _gathered(workload: Workload, schedule: Schedule) -> int:
 def _reduction(workload: Workload, schedule: Schedule) -> int:
     """Bytes of the gradients that are computed but not yet in their place."""
     layout = schedule.layout
-    if layout.ranks == 1:
-        return 0
+    if layout.whole:
+        return 4 * sum(unit.padded_trained(1) for unit in workload.units) * (layout.ranks > 1)
     root = sum(unit.padded_trained(layout.shards) for unit in workload.units if unit.is_root)
     largest = max((unit.padded_trained(layout.shards) for unit in workload.units if not unit.is_root), default=0)
     return BYTES[layout.param_dtype] * (root + largest) + BYTES[layout.reduce_dtype] * largest
+
+
+def _logits(workload: Workload, schedule: Schedule) -> float:
+    """Bytes at the beginning of backward; where they come in pieces, with the head's gradient of the pieces before."""
+    positions = workload.target_tokens * schedule.micro_batch
+    pieces = pieces_of(positions, workload.vocab_size)
+    decoder = workload.parts["decoder"]
+    table = workload.vocab_size * workload.decoder.width if pieces > 1 and decoder.trained and not workload.adapters else 0
+    return 12 * workload.vocab_size * positions / pieces + BYTES[schedule.layout.param_dtype] * table
 
 
 def activations(workload: Workload, schedule: Schedule) -> float:
@@ -117,7 +130,8 @@ def activations(workload: Workload, schedule: Schedule) -> float:
     tokens = schedule.micro_batch * workload.tokens
     pictures = schedule.micro_batch * workload.images_per_sample
     adapters = workload.adapters
-    saved = decoder_bytes(workload.decoder, number, decoder.trained, layout.compile_blocks, adapters)
+    autocast = layout.whole and layout.param_dtype != "float32"
+    saved = decoder_bytes(workload.decoder, number, decoder.trained, layout.compile_blocks, adapters, autocast)
     products = 2 * workload.decoder.mlp_dim + (adapters.ranks + adapters.outputs if adapters else 0)
     total = tokens * (_stack(workload.decoder, saved, number, products, layout) + _norm(workload.decoder, number, decoder.trained))
     if projector.gradients_flow:  # the inputs and outputs of two layers
@@ -128,29 +142,32 @@ def activations(workload: Workload, schedule: Schedule) -> float:
     return float(total)
 
 
-def decoder_bytes(shape: Blocks, number: int, trained: bool, compiled: bool, adapters: Adapters | None = None) -> int:
+def decoder_bytes(
+    shape: Blocks, number: int, trained: bool, compiled: bool, adapters: Adapters | None = None, autocast: bool = False
+) -> int:
     """Bytes of a token that a LLaMA block saves, with its input.
 
     Attention saves queries, keys, values and its result. Each norm saves its input; a trained one also what it scales and, for the
     matrices behind it, its output. The MLP saves what goes into its activation, what comes out, the other factor and, for a trained
-    matrix behind it, their product.
+    matrix behind it, their product. A compiler makes norms one operation, and computes the activation once more.
 
     Args:
         shape: Its widths.
         number: Bytes of a number in the format of the computation.
         trained: Whether its weights need gradients.
-        compiled: Whether norms are one operation. Then this is a bound: the compiler may compute more of it again.
+        compiled: Whether torch.compile compiles it.
         adapters: What trains instead of the weights. With dropout each keeps its own inputs and a byte for each of them; without,
             they share those of trained weights, which is a bound.
+        autocast: Whether norms compute in fp32 and each of the five matrices behind those that train casts its input by itself.
     """
     if adapters is not None:
         kept = number * adapters.ranks + (number + 1) * adapters.inputs * adapters.dropout
-        return kept + decoder_bytes(shape, number, not adapters.dropout, compiled)
+        return kept + decoder_bytes(shape, number, not adapters.dropout, compiled, autocast=autocast)
     attention = number * 2 * (shape.query_dim + shape.key_dim)
-    mlp = number * (4 if trained else 3) * shape.mlp_dim
     if compiled:
-        return attention + mlp + number * (4 if trained else 3) * shape.width
-    return attention + mlp + 2 * _norm(shape, number, trained)
+        return attention + number * ((3 if trained else 2) * shape.mlp_dim + (4 if trained else 2) * shape.width)
+    norms = (16 + 5 * number) * shape.width if autocast and trained else 2 * _norm(shape, number, trained)
+    return attention + number * (4 if trained else 3) * shape.mlp_dim + norms
 
 
 def _norm(shape: Blocks, number: int, trained: bool) -> int:

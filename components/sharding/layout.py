@@ -27,6 +27,8 @@ class Layout:
         activation_checkpointing: What of a block is computed again in the backward pass: nothing, some, or all.
         compile_blocks: Whether each block that a backward pass goes through is compiled.
         replicate_frozen: Whether parameters that do not train are held whole, in `param_dtype`, by every rank.
+        whole: Whether nothing is gathered, since every rank holds the model whole in float32, and autocast casts what it needs to
+            `param_dtype`. No option of a strategy: other strategies do so (auto, ddp).
     """
 
     replicas: int
@@ -38,6 +40,7 @@ class Layout:
     activation_checkpointing: Checkpointing = "none"
     compile_blocks: bool = False
     replicate_frozen: bool = False
+    whole: bool = False
 
     @property
     def ranks(self) -> int:
