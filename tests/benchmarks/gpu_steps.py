@@ -101,13 +101,17 @@ class Peers:
 
     @contextmanager
     def _as_theirs(self, kind: str) -> Iterator[None]:
+        decoder = self.model.decoder
+        before = decoder.training
         if self.theirs_recomputes[kind]:
+            decoder.train()  # as the Trainer does with frozen parts too: in evaluation transformers computes nothing again
             self.llava.gradient_checkpointing_enable({"use_reentrant": False})
         try:
             # around the backward pass as well, which may run blocks again
-            with plain_blocks(self.model), attention(self.model.decoder.lm, "sdpa"):
+            with plain_blocks(self.model), attention(decoder.lm, "sdpa"):
                 yield
         finally:
+            decoder.train(before)
             if self.theirs_recomputes[kind]:
                 self.llava.gradient_checkpointing_disable()
 
