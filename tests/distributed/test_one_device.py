@@ -1,4 +1,4 @@
-"""One process that shards nothing: the same run as without a strategy, with compiled blocks and frozen parts in their own precision."""
+"""One process that shards nothing: the run as without a strategy, with compiled blocks, and frozen parts in their own precision."""
 
 import os
 from functools import partial
@@ -7,7 +7,7 @@ import pytest
 import torch
 import training_runs as runs
 from lightning import Callback
-from tiny import TOWER_FROZEN, tiny_document, weights
+from tiny import TOWER_FROZEN, tiny_document
 from training_runs import CURVE_RATES, hybrid, twenty_steps
 
 from components.sharding import HybridSharding
@@ -60,19 +60,13 @@ def test_options_equal_the_run_without_a_strategy(options):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # as in test_compilation.py
 def test_compiled_blocks_equal_the_run_without_a_strategy(monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     assert_equal_to_plain(1e-5, compile_blocks=True, replicate_frozen=True)
 
 
 def test_frozen_parts_are_held_in_the_precision_that_they_are_used_in():
-    held = {}
-
-    def read(model):
-        held.update({name: parameter.dtype for name, parameter in model.named_parameters()})
-        return weights(model)
-
     strategy = partial(HybridSharding, 1, 1, replicate_frozen=True)
-    runs.train(TOWER_FROZEN, STEPS[:2], strategy=strategy, read=read)
-    for name, dtype in held.items():
-        assert dtype == (torch.bfloat16 if name.startswith("vision_tower") else torch.float32), name
+    for name, tensor in runs.train(TOWER_FROZEN, STEPS[:2], strategy=strategy).weights.items():
+        assert tensor.dtype == (torch.bfloat16 if name.startswith("vision_tower") else torch.float32), name
