@@ -1,5 +1,7 @@
 """The peers of the step's benchmark compute what transformers' LLaVA does, and the benchmark says what it measured."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -156,3 +158,6 @@ def test_the_profile_says_where_the_time_goes():
     text = step.main(["--workloads", "captions-28", "--samples", "2", "--profile"])
     kinds = [cells(row)[0] for row in text.splitlines() if row.startswith("|")]
     assert {"matrix products", "attention"} <= set(kinds)
+    # 6 of each weight and token in the decoder; projector, head and tower add little
+    tokens, weights = int(re.search(r"(\d+) tokens", text)[1]), 4 * (4 * 192**2 + 3 * 192 * 512)
+    assert 6e-9 * tokens * weights < float(re.search(r"([\d.]+) GFLOP:", text)[1]) < 6.5e-9 * tokens * weights

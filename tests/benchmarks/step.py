@@ -18,6 +18,7 @@ import transformers
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from components.batch import IGNORE_INDEX, pack
@@ -35,6 +36,8 @@ from tests.benchmarks.workloads import Kind, documents
 LIMIT = 1e-5
 """Relative difference of the loss, and in norm of the gradient of every trained parameter, above which there is no table."""
 THEIRS = "transformers"
+REPEATS, LARGE = 5, 1024
+"""For the profile: steps and products on the clock, and the sides of these products."""
 DEFAULT = ("captions-224", "instructions-224", "captions-336", "instructions-336", "captions-224-align", "captions-224-32000")
 
 
@@ -233,23 +236,40 @@ def row(workload: Workload, samples: int, rounds: int, progress: tqdm) -> list[o
 
 
 def profiled(workload: Workload, samples: int) -> str:
-    """Where the time of our step goes."""
+    """Where the time of our step goes, and how much of it its matrix products need at the speed of a large one."""
     torch.manual_seed(0)
     model = workload.model()
     case = Case(workload, model, transformers_llava(model), samples, seed=0)
     step = case.steps["ours"]
-    take(case, step)
-    model.zero_grad(set_to_none=True)
+    with FlopCounterMode(display=False) as counter:
+        take(case, step)
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(count for operator, count in counts.items() if "attention" not in str(operator))
+    spent, most = (min(values) for values in zip(*((take(case, step)[0], _product_seconds()) for _ in range(REPEATS)), strict=True))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as found:
-        step().backward()
-    return where_time_goes(f"Our step, {workload.title}, {case.batch.num_tokens:,} tokens", found, torch.device("cpu"))
+        take(case, step)
+    rate = 2 * LARGE**3 / most
+    title = (
+        f"Our step, {workload.title}, {case.batch.num_tokens:,} tokens: {spent:.3f} s on the clock of one thread, least of "
+        f"{REPEATS}. Its matrix products are {products / 1e9:.2f} GFLOP: {products / rate:.3f} s at the {rate / 1e9:.0f} GFLOP/s "
+        f"of one of {LARGE} cubed, in the same run. Profiled"
+    )
+    return where_time_goes(title, found, torch.device("cpu"))
+
+
+def _product_seconds() -> float:
+    """Processor time of one large matrix product."""
+    one, other = torch.randn(LARGE, LARGE), torch.randn(LARGE, LARGE)
+    began = time.process_time()
+    one @ other
+    return time.process_time() - began
 
 
 def main(arguments: list[str]) -> str:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks step", description=__doc__)
     parser.add_argument("--workloads", nargs="+", default=DEFAULT, help="KIND-SIZE[-align][-VOCABULARY], as captions-224")
     parser.add_argument("--samples", type=int, help="samples of a batch; by default 6, from 336 px on 4")
-    parser.add_argument("--rounds", type=int, default=5, help="batches of a workload, each timed once with every step")
+    parser.add_argument("--rounds", type=int, default=7, help="batches of a workload, each timed once with every step")
     parser.add_argument("--profile", action="store_true", help="where the time of one of our steps goes, in place of comparing")
     chosen = parser.parse_args(arguments)
     workloads = [Workload.named(name) for name in chosen.workloads]
