@@ -28,8 +28,10 @@ GIB = 2**30
 PLAIN = "all at once"
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Relative differences of the loss, and of gradients by their norms, above which nothing is timed."""
-SIZES = {"cpu": ((1024, 4096), (512,), (32_000,)), "cuda": ((1024, 4096, 16_384), (4096, 5120), (32_000, 152_064))}
+SIZES = {"cpu": ((512, 2048), (512,), (32_000,)), "cuda": ((1024, 4096, 16_384), (4096, 5120), (32_000, 152_064))}
 """Positions, widths and vocabularies of a device."""
+MOST_LOGITS = {"cpu": 2**24, "cuda": loss.MOST_LOGITS}
+"""Logits of a piece; fewer on a CPU than in training, where so many would take minutes."""
 
 Method = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -182,8 +184,8 @@ def main(arguments: list[str]) -> str | None:
     parser.add_argument("--positions", type=int, nargs="+", help="supervised positions")
     parser.add_argument("--widths", type=int, nargs="+")
     parser.add_argument("--vocabularies", type=int, nargs="+")
-    parser.add_argument("--rounds", type=int, default=5, help="times that everything is timed")
-    parser.add_argument("--most-logits", type=int, help=f"logits of a piece; default: {loss.MOST_LOGITS:,} as in training")
+    parser.add_argument("--rounds", type=int, default=3, help="times that everything is timed")
+    parser.add_argument("--most-logits", type=int, help="logits of a piece; default: as in training, on a CPU 2^24")
     chosen = parser.parse_args(arguments)
     device, threads = torch.device(chosen.device), torch.get_num_threads()
     stated = (chosen.positions, chosen.widths, chosen.vocabularies)
@@ -192,7 +194,7 @@ def main(arguments: list[str]) -> str | None:
     rows: list[list[object]] = []
     torch.set_num_threads(1)
     try:
-        with patch.object(loss, "MOST_LOGITS", chosen.most_logits or loss.MOST_LOGITS):
+        with patch.object(loss, "MOST_LOGITS", chosen.most_logits or MOST_LOGITS[chosen.device]):
             for size in tqdm(sizes, unit="size", file=sys.stderr):
                 rows += measure(*size, device, chosen.rounds)
     finally:

@@ -21,6 +21,7 @@ from tiny import (
     tiny_trainer,
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from callbacks import throughput
@@ -227,6 +228,33 @@ def test_throughput_counts_the_tokens_of_the_batches(accumulate, one_second_betw
         ]
         assert record.steps[step]["train/mfu"] == pytest.approx(sum(flops) / 1e6)
     assert "train/tokens_per_second" not in record.steps[0]
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operators inside it that wait for a device: numbers that are read."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_throughput_waits_for_the_device_at_its_own_steps_only(monkeypatch):
+    waits = {}
+    callback = Throughput(every_n_steps=2, peak_tflops=1.0)
+    for hook in ("on_train_batch_start", "on_train_batch_end"):
+        real = getattr(callback, hook)
+
+        def watched(trainer, *arguments, real=real):
+            with Waits() as mode:
+                real(trainer, *arguments)
+            waits[trainer.global_step] = waits.get(trainer.global_step, 0) + mode.count
+
+        monkeypatch.setattr(callback, hook, watched)
+    tiny_trainer(callbacks=[callback]).fit(tiny_model(), datamodule=Prepared([tiny_batch(seed) for seed in range(4)]))
+    # an end is counted with the start of the next step
+    assert {step: count > 0 for step, count in waits.items()} == {0: False, 1: False, 2: True, 3: False, 4: True}
 
 
 def test_no_mfu_without_a_known_peak():
