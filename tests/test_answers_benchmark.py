@@ -38,8 +38,8 @@ def test_a_picture_is_asked_about_as_often_as_said():
 @pytest.mark.slow
 def test_other_code_is_timed_beside():
     rows = answers.main([*SMALL, "quickstart", "--before", str(Path(__file__).parents[1])]).splitlines()
-    assert rows[-1].count("|") == rows[3].count("|") == 13
-    assert "ours over before" in rows[3]
+    assert rows[-1].count("|") == rows[3].count("|") == 14
+    assert "now over before" in rows[3]
 
 
 def _parsed():

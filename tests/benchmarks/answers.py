@@ -36,8 +36,11 @@ from components.sharding import give_memory
 from components.vlm import VisionLanguageModel
 from tests.benchmarks import table
 
-RECIPES = Path(__file__).parents[2] / "recipes"
-OURS, BEFORE, BATCHES, ALONE = "ours", "before", "transformers, batches", "transformers, one at a time"
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "recipes"
+OURS, BATCHES, ALONE = "ours", "transformers, batches", "transformers, one at a time"
+BEFORE, NOW = "before", "now"
+"""The code of another folder and this, each in a process that does nothing else."""
 SMALL_LLAMA = {
     "model_type": "llama", "vocab_size": 512, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4,
     "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 4096,
@@ -140,8 +143,8 @@ class Peer:
         return found
 
 
-class Before:
-    """The same validation by the code of another folder, in a process of its own."""
+class Served:
+    """The same validation by the code of a folder, in a process of its own."""
 
     def __init__(self, folder: Path, workload: Workload, device: str, dtype: str) -> None:
         environment = {**os.environ, "PYTHONPATH": str(folder.resolve()), "OMP_NUM_THREADS": "1"}
@@ -155,10 +158,6 @@ class Before:
         assert self.process.stdin and self.process.stdout
         print(json.dumps(request), file=self.process.stdin, flush=True)
         return json.loads(self.process.stdout.readline())
-
-    def close(self) -> None:
-        """End the process."""
-        self.process.communicate()
 
 
 def serve() -> None:
@@ -191,35 +190,40 @@ def measure(workload: Workload, arguments: argparse.Namespace) -> list[object]:
     device, dtype = arguments.device, getattr(torch, arguments.dtype)
     ours = Validation(workload, device)
     never = ours.model.decoder.vocab_size
-    workload = Workload(**{**asdict(workload), "end": _early_end(list(ours.answers(never).values()), workload.mean)})
-    expected = ours.answers(workload.end)
-    _demand_equal(expected, _peers(ours, transformers_llava(ours.model), workload.end), workload)
-    ours.model.to(dtype)
-    ways: dict[str, Callable[[], Any]] = {OURS: lambda: ours.answers(workload.end)}
-    ways |= _peers(ours, transformers_llava(ours.model), workload.end)
-    before = Before(arguments.before, workload, device, arguments.dtype) if arguments.before else None
-    if before and dtype == torch.float32:
-        _demand_equal(expected, {BEFORE: lambda: before.ask("go")["answers"]}, workload)
-    seconds: dict[str, list[float]] = {name: [] for name in [*ways, *[BEFORE] * bool(before)]}
-    preparing = []
+    end = _early_end(list(ours.answers(never).values()), workload.mean)
+    expected = ours.answers(end)
+    _demand_equal(expected, _peers(ours, transformers_llava(ours.model), end), workload)
+    if dtype != torch.float32:  # in which answers may differ, and end elsewhere: all have the same length
+        ours.model.to(dtype)
+        end = never
+        expected = ours.answers(end)
+    workload = Workload(**{**asdict(workload), "end": end})
+    ways = {OURS: lambda: ours.answers(workload.end), **_peers(ours, transformers_llava(ours.model), workload.end)}
+    folders = {BEFORE: arguments.before, NOW: ROOT} if arguments.before else {}
+    served = {name: Served(folder, workload, device, arguments.dtype) for name, folder in folders.items()}
+    if dtype == torch.float32:
+        _demand_equal(expected, {name: lambda one=one: one.ask("go")["answers"] for name, one in served.items()}, workload)
+    names = [*ways, *served]
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    preparing: dict[str, list[float]] = {name: [] for name in served}
     for number in range(arguments.rounds + 1):
-        for name in sorted(seconds, key=lambda name: (list(seconds).index(name) + number) % len(seconds)):
-            if name == BEFORE:
-                told = before.ask("go")  # type: ignore[union-attr]
+        for name in [*names[number % len(names) :], *names[: number % len(names)]]:
+            if name in served:
+                told = served[name].ask("go")
                 spent = told["seconds"]
-                preparing += [(told["preparing"], _seconds(ours.prepare, device))] * bool(number)
+                preparing[name] += [told["preparing"]] * bool(number)
             else:
                 spent = _seconds(ways[name], device)
             seconds[name] += [spent] * bool(number)  # the first round warms all up
             print(f"{workload.title}, round {number}, {name}: {len(expected) / spent:.1f} answers/s", file=sys.stderr)
-    lengths = [len(ids) for ids in expected.values()]
+    lengths = list(map(len, expected.values()))
     row: list[object] = [workload.title, len(expected), workload.batch_size, f"{statistics.mean(lengths):.1f} ({max(lengths)})"]
-    row += [f"{len(expected) / statistics.median(seconds[name]):,.1f}" for name in (OURS, BATCHES, ALONE)]
-    row += [_ratios(seconds[name], seconds[OURS]) for name in (BATCHES, ALONE)]
-    if before:
-        before.close()
-        row += [f"{len(expected) / statistics.median(seconds[BEFORE]):,.1f}", _ratios(seconds[BEFORE], seconds[OURS])]
-        row += [_ratios(*(list(one) for one in zip(*preparing, strict=True)))]
+    rates = {name: f"{len(expected) / statistics.median(spent):,.1f}" for name, spent in seconds.items()}
+    row += [*(rates[name] for name in ways), *(_ratios(seconds[name], seconds[OURS]) for name in (BATCHES, ALONE))]
+    for one in served.values():
+        one.process.communicate()
+    if served:
+        row += [rates[BEFORE], rates[NOW], *(_ratios(spent[BEFORE], spent[NOW]) for spent in (seconds, preparing))]
     return row
 
 
@@ -233,10 +237,8 @@ def workloads(arguments: argparse.Namespace) -> list[Workload]:
         projector = yaml.safe_load((RECIPES / "projector" / "mlp_2.yaml").read_text())
         model = {"vision_tower": tower, "projector": projector, "decoder": decoder, "learning_rates": rates}
         named = f"{arguments.decoder.stem}, {arguments.tower.stem}"
-        return [
-            Workload(f"{named}, {each} a picture", model, arguments.scenes or scenes, each, 16, 16, 4)
-            for each, scenes in ((1, 32), (99, 8))
-        ]
+        shares = {"one question a picture": (1, 32), "five a picture": (99, 7)}
+        return [Workload(f"{named}, {few}", model, arguments.scenes or n, each, 16, 4, 2) for few, (each, n) in shares.items()]
     recipe = yaml.safe_load((RECIPES / "quickstart.yaml").read_text())["model"]
     parts = {name: yaml.safe_load((RECIPES / recipe[name]).read_text()) for name in ("vision_tower", "projector", "decoder")}
     small = {
@@ -252,7 +254,7 @@ def workloads(arguments: argparse.Namespace) -> list[Workload]:
         "learning_rates": rates,
     }
     return [
-        Workload("quickstart", {**parts, "learning_rates": rates}, arguments.scenes or 100, 99, 64, 3, 2),
+        Workload("quickstart", {**parts, "learning_rates": rates}, arguments.scenes or 50, 99, 64, 3, 2),
         Workload("256 visual tokens, one question a picture", small, arguments.scenes or 32, 1, 16, 24, 12),
         Workload("256 visual tokens, five a picture", small, arguments.scenes or 7, 99, 16, 24, 12),
     ]
@@ -276,10 +278,8 @@ def main(arguments: list[str]) -> str:
     parsed = parser().parse_args(arguments)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    try:
-        rows = [measure(workload, parsed) for workload in workloads(parsed) if parsed.only in workload.title]
-    finally:
-        torch.set_num_threads(threads)
+    rows = [measure(workload, parsed) for workload in workloads(parsed) if parsed.only in workload.title]
+    torch.set_num_threads(threads)
     clock = "processor time of one thread" if parsed.device == "cpu" else torch.cuda.get_device_name()
     title = (
         f"Answers a second, {clock}, {parsed.dtype}, torch {torch.__version__}, transformers {transformers.__version__}; ratios "
@@ -287,7 +287,7 @@ def main(arguments: list[str]) -> str:
     )
     columns = ["questions of", "number", "batch", "tokens of an answer (longest)", OURS, BATCHES, ALONE]
     columns += ["ours over batches", "ours over one at a time"]
-    columns += [BEFORE, "ours over before", "preparing, over before"] if parsed.before else []
+    columns += [BEFORE, NOW, "now over before", "preparing, now over before"] if parsed.before else []
     return table(title, columns, rows)
 
 
