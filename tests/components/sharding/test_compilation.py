@@ -138,3 +138,27 @@ def test_the_kernel_of_a_gpu_is_one_operator_of_the_graph(monkeypatch):
     assert counters["graph_break"] == {}
     assert len(graphs) == 1
     assert graphs[0].code.count("torch_attn._varlen_attn") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_blocks_of_a_gpu_are_compiled_once_and_wait_for_nothing(monkeypatch):
+    plain, model = (model_with(DEEP, TOWER_FROZEN).decoder.to("cuda", torch.bfloat16) for _ in range(2))
+    for block in model.blocks():
+        compile_block(block)
+    try:
+        for step, batch in enumerate(packings()):
+            batch, losses = batch.to("cuda"), []
+            embeds = torch.randn(batch.num_tokens, model.embed_dim, dtype=torch.bfloat16, device="cuda")
+            torch.cuda.set_sync_debug_mode("default" if step < WARM else "error")
+            for each in (plain, model):
+                hidden = each(embeds.clone().requires_grad_(), batch.position_ids, batch.cumulative_lengths, batch.max_length)
+                losses.append(hidden.float().square().mean())
+                losses[-1].backward()
+            torch.cuda.set_sync_debug_mode("default")
+            torch.testing.assert_close(losses[1], losses[0], rtol=1e-2, atol=0.0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    ours, theirs = gradients(model), gradients(plain)
+    assert all((ours[name] - theirs[name]).norm() < 0.05 * theirs[name].norm() for name in theirs if theirs[name].norm() > 0)
+    assert counters["graph_break"] == {} and counters["stats"]["unique_graphs"] <= 2
