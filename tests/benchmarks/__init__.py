@@ -18,7 +18,8 @@ def heading(name: str) -> str:
         platform.machine(),
     )
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "no git"
+    # the variable is for copies of the files without their history
+    commit = os.environ.get("GIT_COMMIT") or subprocess.run(git, capture_output=True, text=True).stdout.strip() or "no git"
     load = os.getloadavg()[0]
     return (
         f"# {name}: {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {os.cpu_count()} x {processor}, load {load:.1f}, "

@@ -83,10 +83,10 @@ def _case(decoder: str, tower: str, rates: LearningRates, captions: int, instruc
 
 
 CASES = {
-    "7b_full_224": _case("llama2_7b", "clip_vit_l", FULL, 16, 8, 2),
-    "7b_full_336": _case("llama2_7b", "clip_vit_l_336", FULL, 8, 6, 2),
-    "13b_align_224": _case("llama2_13b", "clip_vit_l", ALIGN, 32, 16, 1),
-    "13b_align_336": _case("llama2_13b", "clip_vit_l_336", ALIGN, 16, 12, 1),
+    "7b_full_224": _case("llama2_7b", "clip_vit_l", FULL, 22, 8, 2),
+    "7b_full_336": _case("llama2_7b", "clip_vit_l_336", FULL, 11, 7, 2),
+    "13b_align_224": _case("llama2_13b", "clip_vit_l", ALIGN, 40, 14, 1),
+    "13b_align_336": _case("llama2_13b", "clip_vit_l_336", ALIGN, 20, 10, 1),
 }
 SMALL_DECODER = {
     "hidden_size": 64,
@@ -114,7 +114,7 @@ def main(arguments: list[str]) -> str | None:
         print(json.dumps(measure(options.one, options)))
         return None
     # a process for each case: what one leaves in memory is no matter for the next
-    rows, notes = [], []
+    rows, notes, card = [], [], ""
     # micro-batches differ in their tokens
     environment = os.environ | {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     for name in tqdm(options.cases, unit="case", file=sys.stderr):
@@ -126,8 +126,9 @@ def main(arguments: list[str]) -> str | None:
         found = json.loads(done.stdout.splitlines()[-1])
         rows += found["rows"]
         notes += found["notes"]
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    return "\n".join([table(f"Training steps on one device; {versions}; random weights.", COLUMNS, rows), "", *notes])
+        card = found["card"]
+    title = f"Training steps on one {card}; torch {torch.__version__}, transformers {transformers.__version__}; random weights."
+    return "\n".join([table(title, COLUMNS, rows), "", *notes])
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -182,11 +183,11 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
             notes.append(where_time_goes(f"One step of {name}, {kind}, ours", alternate.profiles[kind], device))
     card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     notes.append(
-        f"- {name}: {card}, ceiling {ceiling / 1e12:.3g} TFLOP/s; {case.accumulation} micro-batches a step; "
+        f"- {name}: ceiling {ceiling / 1e12:.3g} TFLOP/s; {case.accumulation} micro-batches a step; "
         f"{'; '.join(peers.remarks)}; "
         f"{alternate.graphs[0]} graphs compiled before the first timed step, {alternate.graphs[-1] - alternate.graphs[0]} after it."
     )
-    return {"rows": rows, "notes": notes}
+    return {"rows": rows, "notes": notes, "card": card}
 
 
 # --- the model
