@@ -17,6 +17,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -276,10 +277,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str]) -> str:
     parsed = parser().parse_args(arguments)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    rows = [measure(workload, parsed) for workload in workloads(parsed) if parsed.only in workload.title]
-    torch.set_num_threads(threads)
+    with ExitStack() as afterwards:
+        afterwards.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)
+        rows = [measure(workload, parsed) for workload in workloads(parsed) if parsed.only in workload.title]
     clock = "processor time of one thread" if parsed.device == "cpu" else torch.cuda.get_device_name()
     title = (
         f"Answers a second, {clock}, {parsed.dtype}, torch {torch.__version__}, transformers {transformers.__version__}; ratios "
