@@ -202,7 +202,7 @@ def main(arguments: list[str]) -> str | None:
     where = f"bf16 on {torch.cuda.get_device_name()}" if device.type == "cuda" else "fp32, processor time of one thread"
     caption = (
         f"Head and loss, forward and backward, {where}, torch {torch.__version__}; medians of {chosen.rounds}, in turn, pairwise "
-        "ratios with their range. Memory beyond inputs and with gradients, on a CPU that of what operators return, not what they use "
-        "inside, as torch's own loss does; differences from all at once, relative."
+        "ratios with their range. Memory beyond inputs and with gradients; on a CPU of what operators return, not of what they use "
+        "inside, as torch's own loss does. Differences from all at once, relative."
     )
     return table(caption, COLUMNS, rows)
