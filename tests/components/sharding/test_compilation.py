@@ -21,7 +21,10 @@ WARM = 5
 
 
 # the compiler looks whether tensors have gradients, and hides the warning where warnings are no errors
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf",
+    "ignore:.torch.jit.script_method. is deprecated",  # by torch 2.11 itself
+)
 
 
 @pytest.fixture(autouse=True)
