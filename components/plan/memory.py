@@ -120,7 +120,9 @@ def _logits(workload: Workload, schedule: Schedule) -> float:
     pieces = pieces_of(positions, workload.vocab_size)
     decoder = workload.parts["decoder"]
     table = workload.vocab_size * workload.decoder.width if pieces > 1 and decoder.trained and not workload.adapters else 0
-    return 12 * workload.vocab_size * positions / pieces + BYTES[schedule.layout.param_dtype] * table
+    gradient = BYTES[schedule.layout.param_dtype] * table
+    # a piece's own is made from its transpose, and added to those of the pieces before
+    return max(12 * workload.vocab_size * positions / pieces + gradient, 3 * gradient)
 
 
 def activations(workload: Workload, schedule: Schedule) -> float:
