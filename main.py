@@ -53,6 +53,8 @@ def main(arguments: list[str]) -> int:
         return _fail(f"'{command}' is not a command.{hint} Commands: {', '.join(COMMANDS)}.")
     # threads that wait for one another soon yield their core: on a laptop, training and data workers share few of them
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # micro-batches differ in their tokens: memory of a GPU that grows in place is not left in pieces
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if command == "plan":  # which fetches nothing, whatever a recipe names
         os.environ["HF_HUB_OFFLINE"] = "1"
     try:
