@@ -106,7 +106,7 @@ def main(arguments: list[str]) -> str | None:
     parser.add_argument("--warmup", type=int, default=3, help="Steps before the first block, >= 1.")
     parser.add_argument("--blocks", type=int, default=3, help="Blocks of each step, >= 1.")
     parser.add_argument("--steps", type=int, default=2, help="Steps of a block, >= 1.")
-    parser.add_argument("--profile", action="store_true", help="Say where the time of one of our steps goes.")
+    parser.add_argument("--profile", action="store_true", help="Print where the time of one of our steps goes.")
     parser.add_argument("--not-compiled", action="store_true", help="Also time our step without compiled blocks.")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -126,6 +126,7 @@ def main(arguments: list[str]) -> str | None:
         found = json.loads(done.stdout.splitlines()[-1])
         rows += found["rows"]
         notes += found["notes"]
+        print(*found["profiles"], sep="\n", flush=True)
         card = found["card"]
     title = f"Training steps on one {card}; torch {torch.__version__}, transformers {transformers.__version__}; random weights."
     return "\n".join([table(title, COLUMNS, rows), "", *notes])
@@ -164,7 +165,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     )  # fmt: skip
     packed = [pack(micro_batch) for kind in KINDS for micro_batch in micro_batches[kind]]
     trainer.fit(model, datamodule=Ready(packed, pinned=device.type == "cuda"))
-    rows, notes = [], []
+    rows, notes, profiles = [], [], []
     for kind in KINDS:
         timed = micro_batches[kind][options.warmup * case.accumulation :][: options.blocks * options.steps * case.accumulation]
         work = Work.of(model, timed)
@@ -180,14 +181,14 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
             f"and fragments it allows for {expected.total:.1f} GiB."
         )
         if options.profile:
-            notes.append(where_time_goes(f"One step of {name}, {kind}, ours", alternate.profiles[kind], device))
+            profiles.append(where_time_goes(f"One step of {name}, {kind}, ours", alternate.profiles[kind], device))
     card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     notes.append(
         f"- {name}: ceiling {ceiling / 1e12:.3g} TFLOP/s; {case.accumulation} micro-batches a step; "
         f"{'; '.join(peers.remarks)}; "
         f"{alternate.graphs[0]} graphs compiled before the first timed step, {alternate.graphs[-1] - alternate.graphs[0]} after it."
     )
-    return {"rows": rows, "notes": notes, "card": card}
+    return {"rows": rows, "notes": notes, "profiles": profiles, "card": card}
 
 
 # --- the model
