@@ -15,6 +15,9 @@ install_import_hook(["components", "callbacks"], "beartype.beartype")
 
 import pytest
 
+from components.errors import RecipeError
+from components.shards import names
+
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 
@@ -23,6 +26,31 @@ SHARED = ROOT.parent / "shared"
 def own_cache(tmp_path_factory, monkeypatch):
     """Indices of annotation files go to a folder of the test session."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="session")
+def _expanded() -> dict[str, list[str] | str]:
+    """What patterns of shards stand for, or what is wrong with them."""
+    return {}
+
+
+@pytest.fixture
+def shards_expanded_once(_expanded: dict[str, list[str] | str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The 75,000 names of the reference run, all checked for their types, take longer than the rest of a plan; none is here."""
+    expand = names.expand
+
+    def expand_once(pattern: str) -> list[str]:
+        if pattern not in _expanded:
+            try:
+                _expanded[pattern] = expand(pattern)
+            except RecipeError as error:
+                _expanded[pattern] = str(error)
+        found = _expanded[pattern]
+        if isinstance(found, str):
+            raise RecipeError(found)
+        return found
+
+    monkeypatch.setattr(names, "expand", expand_once)
 
 
 @pytest.fixture

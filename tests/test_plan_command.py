@@ -17,6 +17,8 @@ from components.plan.findings import findings_of
 from components.plan.gather import Target, facts_of
 from tests.recipes.recipe_book import COMMANDS, RECIPES, instantiate
 
+pytestmark = pytest.mark.usefixtures("shards_expanded_once")
+
 REFERENCE = ["--config", str(RECIPES / "meta_llava_13b_pretrain.yaml")]
 BOUND = ("communication", "accumulation")
 """Micro-batches of one sample, sixteen times: the reference run as it is told."""
@@ -136,7 +138,8 @@ def test_the_reference_run_waits_for_its_network_and_an_overlay_mends_it(plan):
     assert re.search(r"communication-bound: a step exchanges for 7\.9 s and computes for 2\.5 s", report)
     row = re.search(r"^A +1 x 128 +16 +1 +none .* 8\.6 days$", report, re.MULTILINE)[0].split()
     overlay = re.search(r"^A  .*?: (trainer: .*)$", report, re.MULTILINE)[1]
-    assert overlay == "trainer: {accumulate_grad_batches: 1, strategy: {init_args: {replicas: 1, shards: 128}}}"
+    sharding = "{init_args: {replicas: 1, shards: 128, reshard_after_forward: false}}"
+    assert overlay == f"trainer: {{accumulate_grad_batches: 1, strategy: {sharding}}}"
     assert Path("runs/meta_llava_13b_pretrain/plan.html").read_text().startswith("<!doctype html>")
     assert [path.name for path in Path("runs/meta_llava_13b_pretrain").iterdir()] == ["plan.html"]
 

@@ -17,7 +17,7 @@ from small_recipe import fit, merged, write_recipe
 
 import main
 from components.errors import RecipeError
-from components.huggingface import certificate, exporting
+from components.huggingface import certificate, exporting, proof
 from components.huggingface.certificate import TOLERANCES
 from components.huggingface.exporting import default_dtype
 from components.named_tensors import SafetensorsFiles
@@ -36,6 +36,18 @@ def own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture
+def one_process(monkeypatch):
+    """Both halves of a proof in this process: to start two for it takes longer than the proof."""
+
+    def run(half, folder):
+        getattr(proof, half)(folder, json.loads((folder / proof.JOB).read_text()))
+        return json.loads((folder / f"{half}.json").read_text())
+
+    monkeypatch.setattr(certificate, "_run", run)
+
+
+@pytest.mark.usefixtures("one_process")
 def test_import_and_export_return_the_same_tensors(tmp_path):
     """Bit for bit and name for name, the tower's last block and the rows for pictures included."""
     released = hugging_face_folder(tmp_path / "released")
@@ -113,6 +125,7 @@ def test_rounded_exports_are_proven_with_rounded_weights(dtype, trained):
     assert json.loads(Path("out/certificate.json").read_text())["tokens_change_by_rounding"] in (True, False)
 
 
+@pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize(
     ("tensor", "check"),
     [
