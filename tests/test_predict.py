@@ -34,6 +34,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def told(trained: Path) -> str:
+    """The file of answers to all questions."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(trained)
+        arguments = ["predict", "--config", "small.yaml", "--input", "questions.jsonl", "--output", "all/answers.jsonl"]
+        assert main.main([*arguments, "--max_new_tokens", "5"]) == 0
+    return (trained / "all/answers.jsonl").read_text()
+
+
 @pytest.fixture
 def predict(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """Runs the command on a copy of the questions; its exit code and what it said."""
@@ -73,12 +83,9 @@ def test_answers_are_those_of_ask_in_the_order_of_the_questions(predict, trained
     assert [path.name for path in tmp_path.iterdir()] == ["answers.jsonl"]
 
 
-def test_an_interrupted_file_is_continued(predict, tmp_path):
-    predict()
-    whole = (tmp_path / "answers.jsonl").read_text()
-    lines = whole.splitlines()
+def test_an_interrupted_file_is_continued(predict, told, tmp_path):
+    lines = told.splitlines()
     marked = json.loads(lines[3]) | {"text": "said before the interruption"}
-    (tmp_path / "answers.jsonl").unlink()
     (tmp_path / "answers.jsonl.0.part").write_text("\n".join([json.dumps(marked), lines[0], lines[7][:30]]))
     (tmp_path / "answers.jsonl.5.part").write_text(lines[9] + "\n")  # of a rank that there is no more
     code, said = predict()
@@ -93,8 +100,8 @@ def test_an_interrupted_file_is_continued(predict, tmp_path):
     assert (tmp_path / "answers.jsonl").read_text().splitlines() == again
 
 
-def test_answers_can_be_scored(predict, trained, tmp_path, capsys):
-    predict()
+def test_answers_can_be_scored(told, trained, tmp_path, capsys):
+    (tmp_path / "answers.jsonl").write_text(told)
     answers = {row["question_id"]: row["text"] for row in rows(tmp_path / "answers.jsonl")}
     known = [row | {"answer": answers[row["question_id"]]} for row in rows(trained / "questions.jsonl")]
     (tmp_path / "known.jsonl").write_text("".join(json.dumps(row) + "\n" for row in known))
@@ -115,13 +122,9 @@ def test_answers_can_be_scored(predict, trained, tmp_path, capsys):
         (None, "line 1 is no answer of this command"),
     ],
 )
-def test_answers_of_something_else_are_not_overwritten(predict, tmp_path, change, words):
-    if change is None:
-        (tmp_path / "answers.jsonl").write_text('{"my": "file"}\n')
-    else:
-        predict()
-        row = rows(tmp_path / "answers.jsonl")[0] | change
-        (tmp_path / "answers.jsonl").write_text(json.dumps(row) + "\n")
+def test_answers_of_something_else_are_not_overwritten(predict, told, tmp_path, change, words):
+    row = {"my": "file"} if change is None else json.loads(told.splitlines()[0]) | change
+    (tmp_path / "answers.jsonl").write_text(json.dumps(row) + "\n")
     before = (tmp_path / "answers.jsonl").read_text()
     code, said = predict()
     assert code == 2

@@ -1,7 +1,9 @@
 """Kill a run and start it again: it ends with the same bits, after the same samples, as if nothing had happened."""
 
+import json
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,30 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def whole_runs() -> dict[str, Path]:
+    """The folders of runs that nothing interrupted, by what is changed in their recipe."""
+    return {}
+
+
+@pytest.fixture
+def whole(whole_runs: dict[str, Path], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
+    """Makes runs/whole the run of a recipe with these changes, trained by the first test that asks for it."""
+
+    def whole(**changes: Any) -> None:
+        key = json.dumps(changes)
+        if key not in whole_runs:
+            place = tmp_path_factory.mktemp("whole")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(place)
+                assert fit(write_recipe(place / "whole.yaml", **changes)) == 0
+            whole_runs[key] = place / "runs/whole"
+        (tmp_path / "runs").mkdir()
+        (tmp_path / "runs/whole").symlink_to(whole_runs[key])
+
+    return whole
 
 
 def steps(run: str) -> list[int]:
@@ -81,11 +107,11 @@ def assert_same_diary(continued: str, whole: str, checkpoint: int, written: int)
 
 @pytest.mark.parametrize(("micro_batch", "by", "step"), [(8, signal.SIGTERM, 4), (9, signal.SIGUSR1, 5)])
 def test_a_run_that_is_told_to_end_saves_first(
-    micro_batch: int, by: signal.Signals, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    micro_batch: int, by: signal.Signals, step: int, whole: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At the end of an optimizer step (of two micro-batches), or in the middle of one, which is finished first."""
     options = LONG | {"checkpoint": {"every_n_steps": None}}
-    assert fit(write_recipe(tmp_path / "whole.yaml", **options)) == 0
+    whole(**options)
     recipe = write_recipe(tmp_path / "told.yaml", **options)
     write = Diary._write  # of the class that the recipe names
 
@@ -137,10 +163,10 @@ def test_a_checkpoint_continues_under_a_strategy_of_its_kind(tmp_path: Path, cap
 
 @pytest.mark.parametrize(("crash", "checkpoint"), [("5", 4), ("6", 6), ("8", 8)])
 def test_a_crashed_run_continues_to_the_same_bits(
-    crash: str, checkpoint: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    crash: str, checkpoint: int, whole: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"max_steps": 9, "trainer": {**DIARY, "val_check_interval": 3}}
-    assert fit(write_recipe(tmp_path / "whole.yaml", **options)) == 0
+    whole(**options)
     recipe = write_recipe(tmp_path / "crashed.yaml", **options)
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setenv("CRASH", crash)
@@ -154,11 +180,11 @@ def test_a_crashed_run_continues_to_the_same_bits(
 
 @pytest.mark.parametrize(("before", "after", "crash"), [(1, 2, 5), (4, 1, 5), (2, 4, 5), (4, 2, 3)])
 def test_a_run_may_continue_with_another_accumulation(
-    before: int, after: int, crash: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    before: int, after: int, crash: int, whole: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when it moves to another number of devices: the same samples in every step, and the same weights up to rounding."""
     recipe = tmp_path / "moved.yaml"
-    assert fit(write_recipe(tmp_path / "whole.yaml", max_steps=8, trainer=DIARY)) == 0
+    whole(max_steps=8, trainer=DIARY)
     write_recipe(recipe, max_steps=8, trainer=DIARY | {"accumulate_grad_batches": before})
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setenv("CRASH", str(crash))
