@@ -101,7 +101,9 @@ def explain(error: BaseException, keys: Iterable[str]) -> str:
     return message + hint(unknown[1], keys) if unknown else message
 
 
-def _read(path: Path, named_by: str) -> Any:
+def _read(path: Path, named_by: str, above: tuple[Path, ...] = ()) -> Any:
+    if path.resolve() in above:
+        raise RecipeError(f"{named_by} names {path}, of which it is a part itself. Name another file.")
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -110,8 +112,12 @@ def _read(path: Path, named_by: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
         raise RecipeError(f"{path}{line} is not valid YAML: {getattr(error, 'problem', None) or error}.") from error
-    for key, part in _parts(tree):
-        _read(path.parent / part, f"{path}: {key}")
+    try:
+        parts = list(_parts(tree))
+    except RecursionError as error:
+        raise RecipeError(f"{path} holds an alias (*) inside what it stands for (&). Write it out.") from error
+    for key, part in parts:
+        _read(path.parent / part, f"{path}: {key}", (*above, path.resolve()))
     return tree
 
 

@@ -38,7 +38,7 @@ class Timing:
 
 
 class Alternate(Callback):
-    """Times blocks of the Trainer's own steps and, after each, a block of every peer.
+    """Times blocks of the Trainer's own steps and, after each, a block of every peer, in this order.
 
     Args:
         phases: Names of workloads; the run goes through them one after another, with equally many steps.
@@ -48,7 +48,7 @@ class Alternate(Callback):
         steps: Steps of a block.
         accumulation: Micro-batches of an optimizer step.
         at_start: Called before the first step of each phase.
-        profiled: Whether the last block's last step of each phase is profiled, untimed.
+        profiled: Whether each phase ends with one more step of the run, which is profiled and not timed.
     """
 
     def __init__(

@@ -12,6 +12,9 @@ from components.plan.workload import workload_of
 from components.sharding.layout import Layout
 from components.vlm import VisionLanguageModel
 
+SHARE_OF_TENSORS = 0.97
+"""Of a GPU's memory, what tensors may take; the rest is for context and libraries."""
+
 
 class Forecast:
     """What `plan` expects a step to need, of the micro-batch with the most tokens.
@@ -35,12 +38,24 @@ class Forecast:
         largest = max((pack(micro_batch) for micro_batch in micro_batches), key=lambda batch: batch.num_tokens)
         return self._memory(layout, len(largest.sample_ids), largest.num_tokens, len(largest.targets))
 
-    def of_theirs(self, micro_batches: list[list[Document]]) -> float:
-        """Of transformers' step, in GiB: padding and logits at every position, blocks uncompiled, nothing computed again."""
-        tokens = max(len(one) * max(len(document.input_ids) for document in one) for one in micro_batches)
-        samples, visual = len(micro_batches[0]), self.model.sample_format().tokens_per_image
-        memory = self._memory(replace(self.layout, compile_blocks=False), samples, tokens, tokens - samples * visual)
-        return memory.total + memory.logits * samples * visual / (tokens - samples * visual)
+    def parts_of_theirs(self, micro_batches: list[list[Document]]) -> int:
+        """Into how many parts each micro-batch must be cut for transformers' step to fit without computing anything again."""
+        samples = len(micro_batches[0])
+        fitting = (
+            parts
+            for parts in range(1, samples + 1)
+            if self._of_theirs([one[number::parts] for one in micro_batches for number in range(parts)])
+            <= SHARE_OF_TENSORS * self.gib
+        )
+        return next(fitting, samples)
+
+    def _of_theirs(self, micro_batches: list[list[Document]]) -> float:
+        """GiB of tensors of transformers' step: padding and logits at every position, blocks uncompiled."""
+        largest = max(micro_batches, key=lambda one: len(one) * max(len(document.input_ids) for document in one))
+        samples, longest = len(largest), max(len(document.input_ids) for document in largest)
+        tokens, visual = samples * longest, samples * self.model.sample_format().tokens_per_image
+        memory = self._memory(replace(self.layout, compile_blocks=False), samples, tokens, tokens - visual)
+        return memory.total - memory.allowance + memory.logits * visual / (tokens - visual)
 
     def _memory(self, layout: Layout, samples: int, tokens: int, targets: int) -> Memory:
         visual = self.model.sample_format().tokens_per_image

@@ -1,20 +1,30 @@
 """Optimizer steps by hand on the weights of a run: as transformers' Trainer takes them, and ours without compiled blocks."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 
-from components.batch import Batch, Document, pack
+from components.batch import IGNORE_INDEX, Batch, Document, pack
 from components.decoder.attention import attention
 from components.vlm import VisionLanguageModel
 from tests.benchmarks.peers import padded, transformers_llava, transformers_loss
 
 LOSS_LIMIT, GRADIENT_LIMIT = 2e-2, 0.1
 """Relative differences from transformers' step in bf16 above which nothing is timed."""
+
+
+@dataclass(frozen=True)
+class Micro:
+    """A micro-batch of transformers' step: collated, and its share of the supervised tokens of one of ours."""
+
+    inputs: dict[str, Tensor]
+    share: float
 
 
 class Peers:
@@ -24,7 +34,7 @@ class Peers:
         model: The model of the run.
         micro_batches: Of each workload, documents of all its micro-batches.
         accumulation: Micro-batches of an optimizer step.
-        theirs_recomputes: Of each workload, whether transformers' step needs gradient checkpointing.
+        parts: Of each workload, into how many parts transformers' step must cut a micro-batch to need no gradient checkpointing.
     """
 
     def __init__(
@@ -32,15 +42,14 @@ class Peers:
         model: VisionLanguageModel,
         micro_batches: dict[str, list[list[Document]]],
         accumulation: int,
-        theirs_recomputes: dict[str, bool],
+        parts: dict[str, int],
     ) -> None:
-        self.model, self.micro_batches, self.accumulation = model, micro_batches, accumulation
-        self.theirs_recomputes = theirs_recomputes
+        self.model, self.micro_batches, self.accumulation, self.parts = model, micro_batches, accumulation, parts
         self.llava: Any = None
         self.remarks: list[str] = []
 
     def gate(self, kind: str) -> None:
-        """Prepare a workload's batches, and demand that the longest has the same loss and gradients in both steps.
+        """Prepare a workload's batches, and demand that the longest has the same loss and gradients in all steps.
 
         Raises:
             SystemExit: It has not.
@@ -48,62 +57,88 @@ class Peers:
         model = self.model
         if self.llava is None:
             self.llava = transformers_llava(model)
-            self.llava.model.multi_modal_projector = (
-                model.projector
-            )  # a unit of FSDP2, which gathers what it holds when it is called
-            # FSDP2 gathers what the root holds around its own forward and around what is registered
+            # FSDP2 gathers what a unit holds when it is called: the projector, and the root also for what is registered
+            self.llava.model.multi_modal_projector = model.projector
             model.their_loss = partial(transformers_loss, model, self.llava)  # type: ignore[assignment]
             register_fsdp_forward_method(model, "their_loss")
-        device = model.device
-        self.padded = [padded(micro_batch, model, device) for micro_batch in self.micro_batches[kind]]
-        self.packed = [pack(micro_batch).to(device) for micro_batch in self.micro_batches[kind]]
-        longest = max(range(len(self.padded)), key=lambda number: self.padded[number]["input_ids"].numel())
-        found = {}
-        for name, loss_of, context in (
-            ("ours", self._our_loss, nullcontext()),
-            ("theirs", self._their_loss, self._as_theirs(kind)),
-        ):
-            model.zero_grad(set_to_none=True)  # the Trainer does so only in the next step
-            with context:
-                loss = loss_of(longest)
-                loss.backward()
-            found[name] = (loss.item(), self._gradients())
-        model.zero_grad(set_to_none=True)
-        (loss, gradients), (expected, their_gradients) = found["ours"], found["theirs"]
-        worst = max(float((gradients[n] - g).norm() / g.norm()) for n, g in their_gradients.items())
-        if not (abs(loss - expected) <= LOSS_LIMIT * expected and worst <= GRADIENT_LIMIT):
-            raise SystemExit(f"{kind}: loss {loss} and {expected}, gradients differ by {worst}: not the same step, not timed.")
-        self.remarks.append(f"{kind}: loss {loss:.4f} and {expected:.4f}, gradients differ by at most {worst:.1e}")
+        self.packed = [pack(micro_batch).to(model.device) for micro_batch in self.micro_batches[kind]]
+        self.whole = [self._collated(micro_batch, 1) for micro_batch in self.micro_batches[kind]]
+        self.cut = [self._collated(micro_batch, self.parts[kind]) for micro_batch in self.micro_batches[kind]]
+        longest = max(range(len(self.whole)), key=lambda number: self.whole[number][0].inputs["input_ids"].numel())
+        loss, gradients = self._loss_and_gradients(lambda: self._ours(longest), nullcontext())
+        for name, micros, recomputes in self._theirs(kind):
+            expected, theirs = self._loss_and_gradients(partial(self._of_micros, micros[longest]), self._as_theirs(recomputes))
+            worst = max(float((gradients[n] - g).norm() / g.norm()) for n, g in theirs.items())
+            if not (abs(loss - expected) <= LOSS_LIMIT * expected and worst <= GRADIENT_LIMIT):
+                raise SystemExit(f"{kind}, {name}: loss {expected}, ours {loss}, gradients differ by {worst}: not timed.")
+            self.remarks.append(f"{kind}, {name}: loss {expected:.4f}, ours {loss:.4f}, gradients differ by at most {worst:.1e}")
 
     def theirs(self, kind: str, step: int) -> None:
-        """A step as transformers' Trainer takes it."""
-        with self._as_theirs(kind):
-            self._step(self._their_loss, step)
+        """A step as transformers' Trainer takes it, with gradient checkpointing where it would not fit otherwise."""
+        self._step_of_theirs(*self._theirs(kind)[0], step)
+
+    def theirs_cut(self, kind: str, step: int) -> None:
+        """The same step in more and smaller micro-batches, without gradient checkpointing."""
+        self._step_of_theirs(*self._theirs(kind)[-1], step)
 
     def uncompiled(self, kind: str, step: int) -> None:
         """Our step with blocks as they are."""
         with plain_blocks(self.model):
-            self._step(self._our_loss, step)
+            self._step(self._ours, step)
 
-    def _step(self, loss_of: Callable[[int], Tensor], step: int) -> None:
+    def _theirs(self, kind: str) -> list[tuple[str, list[list[Micro]], bool]]:
+        """The ways in which transformers' step fits: its name, micro-batches, and whether it computes blocks again."""
+        if self.parts[kind] == 1:
+            return [("transformers", self.whole, False)]
+        return [("transformers, recomputing", self.whole, True), ("transformers, cut", self.cut, False)]
+
+    def _step_of_theirs(self, name: str, micros: list[list[Micro]], recomputes: bool, step: int) -> None:
+        with self._as_theirs(recomputes):
+            self._step(lambda number: self._of_micros(micros[number]), step)
+
+    def _step(self, backward: Callable[[int], Tensor], step: int) -> None:
         optimizer = self.model.trainer.optimizers[0]
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)  # the Trainer does so only in the next step
         for number in range(step * self.accumulation, (step + 1) * self.accumulation):
-            (loss_of(number) / self.accumulation).backward()
+            backward(number)
         optimizer.step()
 
-    def _our_loss(self, number: int) -> Tensor:
+    def _ours(self, number: int) -> Tensor:
+        """Loss of one of our micro-batches, whose gradients are added to those that are there."""
         batch: Batch = self.packed[number]
-        return self.model.loss_sum(batch) / len(batch.targets)
+        loss = self.model.loss_sum(batch) / (len(batch.targets) * self.accumulation)
+        loss.backward()
+        return loss.detach() * self.accumulation
 
-    def _their_loss(self, number: int) -> Tensor:
-        return self.model.their_loss(self.padded[number])  # type: ignore[operator]
+    def _of_micros(self, micros: list[Micro]) -> Tensor:
+        """The same of transformers' micro-batches."""
+        total = torch.zeros((), device=self.model.device)
+        for micro in micros:
+            loss = self.model.their_loss(micro.inputs) * (micro.share / self.accumulation)  # type: ignore[operator]
+            loss.backward()
+            total += loss.detach() * self.accumulation
+        return total
+
+    def _collated(self, documents: list[Document], parts: int) -> list[Micro]:
+        some = [documents[number::parts] for number in range(parts)]
+        counts = [sum(int((document.labels != IGNORE_INDEX).sum()) for document in few) for few in some]
+        return [
+            Micro(padded(few, self.model, self.model.device), count / sum(counts)) for few, count in zip(some, counts, strict=True)
+        ]
+
+    def _loss_and_gradients(self, step: Callable[[], Tensor], context: AbstractContextManager) -> tuple[float, dict[str, Tensor]]:
+        self.model.zero_grad(set_to_none=True)
+        with context:
+            loss = step()
+        gradients = self._gradients()
+        self.model.zero_grad(set_to_none=True)
+        return loss.item(), gradients
 
     @contextmanager
-    def _as_theirs(self, kind: str) -> Iterator[None]:
+    def _as_theirs(self, recomputes: bool) -> Iterator[None]:
         decoder = self.model.decoder
         before = decoder.training
-        if self.theirs_recomputes[kind]:
+        if recomputes:
             decoder.train()  # as the Trainer does with frozen parts too: in evaluation transformers computes nothing again
             self.llava.gradient_checkpointing_enable({"use_reentrant": False})
         try:
@@ -112,7 +147,7 @@ class Peers:
                 yield
         finally:
             decoder.train(before)
-            if self.theirs_recomputes[kind]:
+            if recomputes:
                 self.llava.gradient_checkpointing_disable()
 
     def _gradients(self) -> dict[str, Tensor]:

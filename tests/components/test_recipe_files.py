@@ -101,3 +101,17 @@ def test_a_part_read_twice_shows_the_first_mistake() -> None:
     error = TypeError('Parser key "model.projector":\n  Config file loop detected: a.yaml -> a.yaml')
     error.__cause__ = loop
     assert explain(error, []) == "model.projector: Option 'depht' is not accepted"
+
+
+@pytest.mark.parametrize("loop", ["recipe.yaml", "other.yaml"])
+def test_a_file_that_is_a_part_of_itself(loop: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(f"model: {loop}\n")
+    (tmp_path / "other.yaml").write_text("decoder: recipe.yaml\n")
+    with pytest.raises(RecipeError, match=r"names .*recipe\.yaml, of which it is a part itself"):
+        read_recipe(tmp_path / "recipe.yaml")
+
+
+def test_an_alias_inside_what_it_stands_for(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("model: &model {decoder: *model}\n")
+    with pytest.raises(RecipeError, match=r"recipe\.yaml holds an alias"):
+        read_recipe(tmp_path / "recipe.yaml")
