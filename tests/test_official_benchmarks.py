@@ -88,7 +88,7 @@ def test_scores_of_official_layouts_rise(
 def test_a_limit_draws_mme_by_picture_and_is_called_partial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     validation = write_all(tmp_path, gqa=12, mme=3, vizwiz=40, pope=8)
-    short = "--max_steps 2 --warmup.fraction 0 --validation.limit 30 --run short".split()
+    short = "--max_steps 2 --warmup.fraction 0 --validation.limit 30 --validation.max_new_tokens 2 --run short".split()
     assert main.main([*QUICKSTART, "--validation", str(validation), *short]) == 0
     rows = [json.loads(line) for line in Path("runs/short/validation/mme_partial_step_2.jsonl").read_text().splitlines()]
     assert len(rows) == 30

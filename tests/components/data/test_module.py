@@ -264,19 +264,19 @@ def test_weights_may_change_where_the_run_has_not_been(tmp_path: Path) -> None:
     """A change of weights is a new segment: what was drawn stays, each source goes on where it was."""
 
     def data(step: int = 0, **options: Any) -> InstructionData:
-        return opened({"a": shapes(), "b": shapes(seed=1)}, tmp_path, global_batch_size=100, step=step, **options)
+        return opened({"a": shapes(), "b": shapes(seed=1)}, tmp_path, global_batch_size=20, step=step, **options)
 
     before = data(step=3)
     state = json.loads(json.dumps(before.state_dict()))
     changed = data(step=3, weight_changes={3: {"a": 0.1, "b": 0.9}, 5: {"a": 0.0}})
     changed.load_state_dict(state)
-    assert changed.mixture.drawn(300).tolist() == before.mixture.drawn(300).tolist()
+    assert changed.mixture.drawn(60).tolist() == before.mixture.drawn(60).tolist()
     assert ids_of_steps(data(weight_changes={3: {"a": 0.1}}))[:3] == ids_of_steps(data())[:3]
-    counts = changed.mixture.drawn(600) - changed.mixture.drawn(500)
-    assert counts.tolist() == [0, 100]
+    counts = changed.mixture.drawn(120) - changed.mixture.drawn(100)
+    assert counts.tolist() == [0, 20]
     later_source = {"a": shapes(), "b": shapes(seed=1, weight=0.0)}
-    begins = opened(later_source, tmp_path, global_batch_size=100, weight_changes={2: {"b": 1.0}})
-    assert begins.mixture.drawn(200).tolist() == [200, 0] and begins.mixture.drawn(600)[1] > 100
+    begins = opened(later_source, tmp_path, global_batch_size=20, weight_changes={2: {"b": 1.0}})
+    assert begins.mixture.drawn(40).tolist() == [40, 0] and begins.mixture.drawn(120)[1] > 20
     later = json.loads(json.dumps(data(step=4, weight_changes={3: {"a": 0.1, "b": 0.9}}).state_dict()))
     with pytest.raises(RecipeError, match=r"shares from step 3: a 100/1000, b 900/1000 -> None.*data\.weight_changes"):
         _flat(lambda: data(step=4).load_state_dict(later))
