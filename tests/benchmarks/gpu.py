@@ -3,9 +3,9 @@
 Our step is what a run does: the Trainer with `HybridSharding` on one rank, compiled blocks, AdamW, the loss divided by the targets
 of the whole step. Theirs is `LlavaForConditionalGeneration` as transformers' Trainer calls it, on the same sharded blocks, not
 compiled, with the same optimizer. Weights are random, lengths as in `workloads.py`. Micro-batches fill the GPU with our step. Where
-theirs needs more memory than there is, it is timed with transformers' gradient checkpointing and in as many smaller micro-batches as
-it needs without, and the quicker one is compared. Memory is that of a step beside transformers' tower and the batches of all, which
-stay on the GPU: less than a GiB.
+theirs needs more memory than there is, it is timed with transformers' gradient checkpointing and in as many smaller micro-batches
+as it needs without, and the quicker one is compared. Memory is that of a step beside transformers' tower and the batches of all,
+which stay on the GPU: less than a GiB.
 
 FLOPs are those of `components.flops` for the samples, whoever computes them; MFU is taken of the bf16 matrix product that the same
 process has timed. `--small --device cpu` goes through the same code on a laptop.
