@@ -1,6 +1,7 @@
 """Two processes compute what one does: DDP and FSDP2, clipping, accumulation, ranks without pictures, adapters, checkpoints,
 generation, the causality probe."""
 
+import functools
 import io
 import os
 from contextlib import redirect_stdout
@@ -65,11 +66,22 @@ def train(rates, ranks, strategy, accumulate, clip, callbacks=(), make=tiny_mode
     return run.weights, run.steps, run.validation
 
 
-@pytest.mark.parametrize("rates", RATES)
+@functools.cache
+def of_one_process(rates, clip, make=tiny_model):
+    return train(RATES[rates], 1, None, 1, clip, make=make)
+
+
+PLAIN_OR_NOT = [  # a frozen part is trained around in either way
+    *(("all", *options) for options in ((1, None), (2, 0.3))),
+    *(pytest.param(rates, 1, None, marks=pytest.mark.slow) for rates in RATES if rates != "all"),
+    *((rates, 2, 0.3) for rates in RATES if rates != "all"),
+]
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize(("accumulate", "clip"), [(1, None), (2, 0.3)])
+@pytest.mark.parametrize(("rates", "accumulate", "clip"), PLAIN_OR_NOT)
 def test_two_processes_equal_one(pair, strategy, rates, accumulate, clip):
-    expected, their_steps, their_losses = train(RATES[rates], 1, None, 1, clip)
+    expected, their_steps, their_losses = of_one_process(rates, clip)
     results = pair.run(train, RATES[rates], 2, STRATEGIES[strategy], accumulate, clip)
     for ours, steps, losses in results:
         for name in ("train/loss", "norm/gradient"):
@@ -81,7 +93,7 @@ def test_two_processes_equal_one(pair, strategy, rates, accumulate, clip):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_processes_with_adapters_equal_one(pair, strategy):
-    expected, their_steps, their_losses = train(TOWER_FROZEN, 1, None, 1, 0.3, make=adapted_model)
+    expected, their_steps, their_losses = of_one_process("tower_frozen", 0.3, adapted_model)
     arguments = (TOWER_FROZEN, 2, STRATEGIES[strategy], 2, 0.3, (), adapted_model)
     start = adapted_model(TOWER_FROZEN)
     start.configure_model()
@@ -122,8 +134,10 @@ def probed(strategy, param_dtype):
     return probe.difference, probe.kept, probe.sharded, probe.message
 
 
-@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    ("strategy", "param_dtype"),
+    [("ddp", "float32"), *((name, dtype) for name in ("fsdp", "hybrid") for dtype in ("float32", "bfloat16"))],
+)
 def test_the_causality_probe(pair, strategy, param_dtype):
     for difference, kept, sharded, message in pair.run(probed, STRATEGIES[strategy], param_dtype):
         assert (difference, kept, sharded) == (0, True, strategy != "ddp")
@@ -228,11 +242,16 @@ def answers(strategy, shares=SHARES, end=2, rates=TOWER_FROZEN):
     return asked.answers
 
 
+@functools.cache
+def answers_of_one_process(rates):
+    return answers(None, rates=RATES[rates])
+
+
 @pytest.mark.parametrize("strategy", [FSDP, HYBRID, WHOLE])
 @pytest.mark.parametrize("rates", ["tower_frozen", "decoder_frozen"])
 def test_generation_before_and_after_training_steps(pair, strategy, rates):
     first, second = pair.run(answers, strategy, SHARES, 2, RATES[rates])
-    assert [ours + theirs for ours, theirs in zip(first, second, strict=True)] == answers(None, rates=RATES[rates])
+    assert [ours + theirs for ours, theirs in zip(first, second, strict=True)] == answers_of_one_process(rates)
 
 
 EARLY = [(0, FSDP, "tower_frozen"), (1, FSDP, "tower_frozen"), (0, WHOLE, "decoder_frozen")]
