@@ -2,9 +2,9 @@
 
 The document ends travel as keyword arguments that transformers passes through its models (`cu_seq_lens_q`, `max_length_q`);
 transformers builds no mask for a name it does not know in its `AttentionMaskInterface`, so nothing depends on its own detection
-of packing. CUDA: `torch.nn.attention.varlen`. Elsewhere: one causal `scaled_dot_product_attention` per document, which compiled
-blocks of a CPU run as one operator. On a GPU without the kernel (float32, heads of an odd width) the host waits in every block for
-the lengths of the documents.
+of packing. CUDA: `torch.nn.attention.varlen`. Elsewhere: one causal `scaled_dot_product_attention` per document; but where one is
+long, or blocks are compiled, a CPU runs its kernels on pieces of the queries (`packed_operator`). On a GPU without the kernel
+(float32, heads of an odd width) the host waits in every block for the lengths of the documents.
 """
 
 import inspect
@@ -19,7 +19,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
-from components.decoder.packed_operator import packed_operator, window_mask
+from components.decoder.packed_operator import WHOLE, PlainPackedAttention, packed_operator, window_mask
 from components.errors import RecipeError
 
 PACKED = "packed"
@@ -75,10 +75,13 @@ def packed_attention(
     query, key = query.to(value.dtype), key.to(value.dtype)
     if _has_kernel(query):
         return _kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
-    if torch.compiler.is_compiling() and query.device.type == "cpu":
+    if query.device.type == "cpu" and (torch.compiler.is_compiling() or max_length_q > WHOLE):
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-        return packed_operator(query, key, value, cu_seq_lens_q, scaling, sliding_window)[0], None
+        if torch.compiler.is_compiling():
+            return packed_operator(query, key, value, cu_seq_lens_q, scaling, sliding_window)[0], None
+        lengths = cu_seq_lens_q.diff().tolist()
+        return PlainPackedAttention.apply(query, key, value, lengths, scaling, sliding_window), None
     return _per_document(query, key, value, cu_seq_lens_q, scaling, sliding_window), None
 
 

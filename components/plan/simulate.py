@@ -219,10 +219,11 @@ def _local(parameter: Tensor) -> Tensor:
 
 
 def _attention(query: Any, key: Any, value: Any, dropout: float = 0.0, causal: bool = False, **others: Any) -> int:
-    """FLOPs of the CPU's kernel of attention; a mask is that of a sliding window, which is causal too."""
+    """FLOPs of the CPU's kernel of attention; the queries are the last of the keys where it is causal, as it is with a mask."""
     *heads, queries, width = query
-    whole = 2 * prod(heads) * queries * key[-2] * (width + value[-1])
-    return whole // 2 if causal or others.get("attn_mask") is not None else whole
+    is_causal = causal or others.get("attn_mask") is not None
+    pairs_twice = 2 * queries * key[-2] - is_causal * queries**2
+    return prod(heads) * pairs_twice * (width + value[-1])
 
 
 def _attention_backward(
