@@ -6,26 +6,31 @@ are computed as packed documents, without padding.
 
 import itertools
 from inspect import signature
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
+from torch.nn import functional
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from components.decoder.attention import PACKED, attention
+
+STEP = 128
+"""Columns that a cache grows by."""
 
 # transformers 5.24 calls it cache
 CACHE = "cache" if "cache" in signature(GenerationMixin.prepare_inputs_for_generation).parameters else "past_key_values"
 
 
 class ReservedLayer(DynamicLayer):
-    """Keys and values of a block in, those of all tokens so far out, in memory that is there from the start.
+    """Keys and values of a block in, those of all tokens so far out, in memory that grows by `STEP` columns.
 
     Transformers' own layer copies all of them for every new token.
 
     Args:
-        capacity: Columns that there will be.
+        capacity: Most columns that there will be.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -42,14 +47,23 @@ class ReservedLayer(DynamicLayer):
         """Write the new columns behind the others."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.memory = [new.new_empty(*new.shape[:2], self.capacity, new.shape[3]) for new in (key_states, value_states)]
+            self.memory = [new[:, :, :0] for new in (key_states, value_states)]
         begin = self.get_seq_length()
         end = begin + key_states.shape[2]
+        if (missing := end - self.memory[0].shape[2]) > 0:
+            missing = min(missing + STEP, self.capacity - self.memory[0].shape[2])
+            self.memory = [functional.pad(memory, (0, 0, 0, missing)) for memory in self.memory]
         for memory, new in zip(self.memory, (key_states, value_states), strict=True):
             memory[:, :, begin:end] = new
         self.keys, self.values = (memory[:, :, :end] for memory in self.memory)
         # attention is quicker where all lies together
         return (self.keys, self.values) if begin else (key_states, value_states)
+
+    def other_rows(self, *args: object, **kwargs: object) -> None:
+        """Transformers' ways to other rows, as for beams, would leave the memory as it is."""
+        raise NotImplementedError("The rows of reserved keys and values stay as they are: one answer a prompt, without beams.")
+
+    batch_repeat_interleave = batch_select_indices = reorder_cache = other_rows
 
 
 def reserved_cache(lm: PreTrainedModel, capacity: int) -> DynamicCache:
@@ -57,6 +71,14 @@ def reserved_cache(lm: PreTrainedModel, capacity: int) -> DynamicCache:
     cache = DynamicCache(config=lm.config)
     cache.layers = [ReservedLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+def rotates_by_length(lm: PreTrainedModel) -> bool:
+    """Whether the rotary embedding of a position depends on the longest of the call, so that no part of a prompt stands alone."""
+    rotary: dict[str, Any] = getattr(lm.config, "rope_parameters", None) or {}
+    of_layers = [section for section in rotary.values() if isinstance(section, dict)]  # some models keep one set for each kind
+    kinds = [section.get("rope_type") or "" for section in (rotary, *of_layers)]
+    return any(kind == "longrope" or "dynamic" in kind for kind in kinds)
 
 
 def fill_beginnings(

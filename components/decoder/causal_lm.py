@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int, Int64
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from components.decoder.architecture import architecture, compare, unreadable
 from components.decoder.attention import PACKED, attention, packed_hidden_states
 from components.decoder.base import Decoder
-from components.decoder.beginnings import CACHE, fill_beginnings, reserved_cache
+from components.decoder.beginnings import CACHE, fill_beginnings, reserved_cache, rotates_by_length
 from components.decoder.lora import LoRA, adapters, insert
 from components.decoder.probe import prove
 from components.decoder.released import KEY, load_released
@@ -158,14 +158,23 @@ class HuggingFaceDecoder(Decoder):
             max_new_tokens=max_new_tokens, eos_token_id=eos_token_id, pad_token_id=eos_token_id, use_cache=True, **sampling
         )
         # every step gathers the shards: a rank whose answers have ended goes on until those of the others have
-        sharded = any(isinstance(parameter, DTensor) for parameter in self.lm.parameters())
-        sharded = sharded or any(isinstance(module, FullyShardedDataParallel) for module in self.lm.modules())
+        together = self._shards_of_other_ranks()
         cache = reserved_cache(self.lm, inputs_embeds.shape[1] + max_new_tokens)
-        if beginnings and (sharded or len({first for first, _ in beginnings}) < len(beginnings)):
+        beginnings = beginnings or [(row, 0) for row in range(len(inputs_embeds))]
+        shared = len({first for first, _ in beginnings}) < len(beginnings)
+        if together:
+            shared = _of_any_rank(shared, inputs_embeds.device)
+        if shared and not rotates_by_length(self.lm):
             fill_beginnings(self.lm, inputs_embeds, attention_mask, beginnings, cache)
         prompts: dict[str, Any] = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, CACHE: cache}
         with attention(self.lm, "sdpa"):
-            return self.lm.generate(**prompts, generation_config=settings, synced_gpus=sharded)
+            return self.lm.generate(**prompts, generation_config=settings, synced_gpus=together)
+
+    def _shards_of_other_ranks(self) -> bool:
+        if not distributed.is_initialized() or distributed.get_world_size() == 1:
+            return False
+        sharded = any(isinstance(parameter, DTensor) for parameter in self.lm.parameters())
+        return sharded or any(isinstance(module, FullyShardedDataParallel) for module in self.lm.modules())
 
     def blocks(self) -> list[nn.Module]:
         """The transformer layers."""
@@ -173,3 +182,9 @@ class HuggingFaceDecoder(Decoder):
         return next(
             list(child) for child in self.lm.base_model.children() if isinstance(child, nn.ModuleList) and len(child) == depth
         )
+
+
+def _of_any_rank(fact: bool, device: torch.device) -> bool:
+    facts = torch.tensor(int(fact), device=device)
+    distributed.all_reduce(facts, distributed.ReduceOp.MAX)
+    return bool(facts)

@@ -5,9 +5,11 @@ import pytest
 import torch
 from test_decoder import built, left_padded
 from tiny import TOKENS_PER_IMAGE, Numbers, built_model, tiny_document
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from components.batch import IGNORE_INDEX, IMAGE_TOKEN_ID, Document
-from components.decoder.beginnings import fill_beginnings, reserved_cache
+from components.decoder.beginnings import STEP, ReservedLayer, fill_beginnings, reserved_cache
 from components.prompts import shared_beginnings
 
 STEPS, END = 4, 2
@@ -23,6 +25,28 @@ def alike():
     endings = [(first, 4), (first, 1), (second, 3), (first, 2), (second, 5)]
     prompts = [torch.cat([beginning, ids(length, 2 + length)]) for beginning, length in endings]
     return [*prompts, ids(3, 9), ids(12, 8)], [(0, 9), (0, 9), (2, 7), (0, 9), (2, 7), (5, 0), (6, 11)]
+
+
+LENGTHS = {
+    "llama": {"max_position_embeddings": 14, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}},
+    "phi3": {
+        "original_max_position_embeddings": 14,
+        "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [3.0] * 4},
+    },
+}
+"""Rotary frequencies of up to 14 positions, and others of more."""
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_frequencies_of_the_whole_prompt_are_those_of_its_beginning(name):
+    decoder, of_one_kind = built(name, **LENGTHS[name]), built(name)
+    beginning, others = ids(9, 0), []
+    for seed in range(5):
+        prompts = left_padded(decoder, [torch.cat([beginning, ids(10, 2 * seed + number)]) for number in (1, 2)])
+        answers = decoder.generate(*prompts, STEPS, END)
+        assert decoder.generate(*prompts, STEPS, END, beginnings=[(0, 9), (0, 9)]).tolist() == answers.tolist()
+        others.append(answers.tolist() != of_one_kind.generate(*prompts, STEPS, END).tolist())
+    assert any(others)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral_window", "qwen2_some_window", "phi3"])
@@ -68,6 +92,29 @@ def test_a_rank_without_beginnings_gathers_the_weights_as_often(beginnings):
     fill_beginnings(decoder.lm, *left_padded(decoder, [ids(4, 0), ids(2, 1)]), beginnings, cache)
     assert passes == [1]
     assert cache.get_seq_length() == 0
+
+
+def test_memory_grows_with_the_answers_up_to_what_they_may_need():
+    generator = torch.Generator().manual_seed(0)
+    layer, plain, reserved = ReservedLayer(2 * STEP), DynamicLayer(), []
+    for new in [5, 20] + [1] * (2 * STEP - 25):
+        states = [torch.randn(2, 3, new, width, generator=generator) for width in (4, 6)]
+        for ours, theirs in zip(layer.update(*states), plain.update(*states), strict=True):
+            assert torch.equal(ours[:, :, -new:], theirs[:, :, -new:])
+        assert torch.equal(layer.keys, plain.keys) and torch.equal(layer.values, plain.values)
+        reserved.append(layer.memory[0].shape[2])
+    assert list(dict.fromkeys(reserved)) == [5 + STEP, 2 * STEP]
+
+
+def test_rows_that_would_leave_the_memory_behind_are_refused():
+    cache = DynamicCache()
+    cache.layers = [ReservedLayer(9)]
+    cache.update(torch.zeros(2, 3, 5, 4), torch.zeros(2, 3, 5, 4), 0)
+    for other_rows in (cache.reorder_cache, cache.batch_select_indices):
+        with pytest.raises(NotImplementedError, match="one answer a prompt"):
+            other_rows(torch.tensor([1, 0]))
+    with pytest.raises(NotImplementedError, match="one answer a prompt"):
+        cache.batch_repeat_interleave(2)
 
 
 # --- of documents

@@ -25,12 +25,15 @@ def alone(monkeypatch):
 
 
 class Asked(Callback):
-    """What the model says at the end."""
+    """What the model says at the end, and how many tokens its blocks see for it at a time."""
 
     def on_train_end(self, trainer, pl_module):
         pl_module.eval()
         prompts = [tiny_document(6, (0,)), tiny_document(9)]
-        self.answers = pl_module.generate_ids(prompts, 5, end_token_id=2)
+        widths = []
+        hook = pl_module.decoder.blocks()[0].register_forward_hook(lambda block, given, output: widths.append(output.shape[1]))
+        self.answers = pl_module.generate_ids(prompts, 5, end_token_id=2), widths
+        hook.remove()
 
 
 def assert_equal_to_plain(tolerance, **options):
