@@ -91,9 +91,9 @@ class Batch:
         return self.input_ids.shape[0]
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch with its tensors on `device`; the host does not wait until page-locked memory has been copied to a GPU."""
-        # PyTorch gives the memory to nobody else before that; what comes to the CPU could be read before it is there
-        non_blocking = torch.device(device).type != "cpu"
+        """The batch with its tensors on `device`; the host does not wait until page-locked memory has been copied by CUDA."""
+        # CUDA's memory is given to nobody else before that; on other devices, as MPS, what is read could be garbage
+        non_blocking = torch.device(device).type == "cuda"
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":

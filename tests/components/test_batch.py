@@ -112,16 +112,17 @@ class Moves(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.Tensor.to:
             self.seen.append((args[0], not kwargs["non_blocking"]))
+            return args[0]  # to devices that are not here, too
         return func(*args, **(kwargs or {}))
 
 
-def test_a_device_gets_pixels_as_bytes_and_lets_nobody_wait():
+# what is sent by or to others than CUDA could be read before it has come
+@pytest.mark.parametrize(("device", "waits"), [("cuda", False), ("cuda:1", False), ("mps", True), ("cpu", True)])
+def test_a_device_gets_pixels_as_bytes_and_only_cuda_lets_nobody_wait(device, waits):
     batch = tiny_batch()
-    with Moves() as moves:
-        batch.to("meta")
-    assert batch.pixels.dtype == torch.uint8 and batch.pixels.nbytes == batch.pixels.numel()
-    assert any(tensor is batch.pixels for tensor, _ in moves.seen)
-    assert len(moves.seen) == 7 and not any(waits for _, waits in moves.seen)
-    with Moves() as moves:
-        batch.to(torch.device("cpu"))
-    assert all(waits for _, waits in moves.seen)  # what a GPU sends could be read before it has come
+    for name in (device, torch.device(device)):
+        with Moves() as moves:
+            batch.to(name)
+        assert batch.pixels.dtype == torch.uint8 and batch.pixels.nbytes == batch.pixels.numel()
+        assert any(tensor is batch.pixels for tensor, _ in moves.seen)
+        assert [waited for _, waited in moves.seen] == [waits] * 7
