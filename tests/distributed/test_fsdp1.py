@@ -10,7 +10,7 @@ import pytest
 import torch
 import training_runs as runs
 from lightning import Callback
-from test_two_processes import SHARES, STEPS, Answers, without_a_mask
+from test_two_processes import ASKED, STEPS, Answers, answers_of_one_process, without_a_mask
 from test_two_processes import answers as answers_of_one
 from tiny import (
     ALL,
@@ -216,9 +216,11 @@ def answers(shares, end):
     return asked.answers
 
 
-def test_generation_before_and_after_training_steps(pair):
-    first, second = pair.run(answers, SHARES, 2)
-    assert [ours + theirs for ours, theirs in zip(first, second, strict=True)] == answers_of_one(None)
+@pytest.mark.parametrize("asked", ASKED)
+def test_generation_before_and_after_training_steps(pair, asked):
+    first, second = pair.run(answers, ASKED[asked], 2)
+    expected = answers_of_one_process("tower_frozen", asked)
+    assert [ours + theirs for ours, theirs in zip(first, second, strict=True)] == expected
 
 
 def test_a_rank_whose_answers_end_early_takes_part_until_the_other_is_done(pair):

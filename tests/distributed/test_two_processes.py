@@ -5,6 +5,7 @@ import functools
 import io
 import os
 from contextlib import redirect_stdout
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -227,7 +228,8 @@ class Answers(Callback):
 
 
 SHARES = [tiny_documents(), [tiny_document(9), tiny_document(3)]]  # no picture on rank 1
-
+ABOUT_ONE = [replace(tiny_document(words, (0,)), pixels=tiny_document(5, (0,)).pixels) for words in (5, 2, 7, 3)]
+ASKED = {"pictures of their own": SHARES, "one picture": [ABOUT_ONE, SHARES[1]]}
 
 WHOLE = {**FSDP, "replicate_frozen": True, "activation_checkpointing": "full", "reshard_after_forward": False}
 
@@ -243,15 +245,16 @@ def answers(strategy, shares=SHARES, end=2, rates=TOWER_FROZEN):
 
 
 @functools.cache
-def answers_of_one_process(rates):
-    return answers(None, rates=RATES[rates])
+def answers_of_one_process(rates, asked):
+    return answers(None, ASKED[asked], rates=RATES[rates])
 
 
 @pytest.mark.parametrize("strategy", [FSDP, HYBRID, WHOLE])
 @pytest.mark.parametrize("rates", ["tower_frozen", "decoder_frozen"])
-def test_generation_before_and_after_training_steps(pair, strategy, rates):
-    first, second = pair.run(answers, strategy, SHARES, 2, RATES[rates])
-    assert [ours + theirs for ours, theirs in zip(first, second, strict=True)] == answers_of_one_process(rates)
+@pytest.mark.parametrize("asked", ASKED)
+def test_generation_before_and_after_training_steps(pair, strategy, rates, asked):
+    first, second = pair.run(answers, strategy, ASKED[asked], 2, RATES[rates])
+    assert [ours + theirs for ours, theirs in zip(first, second, strict=True)] == answers_of_one_process(rates, asked)
 
 
 EARLY = [(0, FSDP, "tower_frozen"), (1, FSDP, "tower_frozen"), (0, WHOLE, "decoder_frozen")]
