@@ -149,9 +149,9 @@ def test_what_waits_is_seen(monkeypatch, read):
 class Watched(TinyModel):
     """From the first optimizer step's end on, whatever waits is an error, but for the one reading at the end of each step."""
 
-    def configure_gradient_clipping(self, *arguments):
+    def configure_gradient_clipping(self, *arguments, **options):
         torch.cuda.set_sync_debug_mode("default")
-        super().configure_gradient_clipping(*arguments)
+        super().configure_gradient_clipping(*arguments, **options)
         torch.cuda.set_sync_debug_mode("error")
 
     def on_train_batch_end(self, outputs, batch, batch_idx):
@@ -159,6 +159,7 @@ class Watched(TinyModel):
             torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_waits_once_a_step(monkeypatch):
     monkeypatch.setattr("tiny.TinyModel", Watched)

@@ -125,7 +125,8 @@ def main(arguments: list[str]) -> str | None:
         found = json.loads(done.stdout.splitlines()[-1])
         rows += found["rows"]
         notes += found["notes"]
-        print(*found["profiles"], sep="\n", flush=True)
+        # what is measured is seen even if a later case fails
+        print(table(name, COLUMNS, found["rows"]), *found["profiles"], sep="\n", flush=True)
         card = found["card"]
     title = f"Training steps on one {card}; torch {torch.__version__}, transformers {transformers.__version__}; random weights."
     return "\n".join([table(title, COLUMNS, rows), "", *notes])
