@@ -31,7 +31,8 @@ def cross_entropy_sum(
     """Hidden states and the tokens that they should predict in, the sum of the cross-entropy out, computed in float32.
 
     Up to `MOST_LOGITS` it is that of all positions at once. Beyond, backward computes the logits again, piece by piece, and adds up
-    the gradients of the head, in their own number format.
+    the gradients of the head, in their own number format: in bfloat16, also under autocast, each sum is rounded to bfloat16 (off
+    by 0.3 % of the gradient in 2 pieces, 0.5 % in 8).
 
     Args:
         head: Hidden states to logits; whatever it trains gets its gradients.

@@ -200,9 +200,10 @@ class VisionLanguageModel(LightningModule):
         for name, part in self.parts.items():
             part.train(getattr(self.learning_rates, name) is not None)
 
-    def log(self, name: str, value: int | float | Tensor, **options: Any) -> None:  # type: ignore[override]
+    def log(self, name: str, value: Any, *options: Any, **named: Any) -> None:
         """Log a number at the step. If the host made it, the device writes it anew: to copy it there would wait for the device."""
-        super().log(name, value if isinstance(value, Tensor) else torch.full((), float(value), device=self.device), **options)
+        by_host = isinstance(value, int | float)
+        super().log(name, torch.full((), float(value), device=self.device) if by_host else value, *options, **named)
 
     # --- the step
 

@@ -23,6 +23,7 @@ from tiny import (
     tiny_trainer,
     weights,
 )
+from torchmetrics import Metric
 
 from components.batch import IMAGE_TOKEN_ID, pack
 from components.decoder import HuggingFaceDecoder
@@ -191,6 +192,39 @@ def test_configure_model_builds_once():
 
 
 # --- steps
+
+
+class Sum(Metric):
+    """Times that it was called, as a metric of torchmetrics."""
+
+    def __init__(self):
+        super().__init__()
+        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
+
+    def update(self):
+        self.total += 1
+
+    def compute(self):
+        return self.total
+
+
+class Logs(Callback):
+    """One of every kind of value, with an option by its place, as Lightning's own `log` takes them."""
+
+    def setup(self, trainer, pl_module, stage):
+        pl_module.metric = Sum()
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        pl_module.metric()
+        for name, value in (("int", 3), ("float", 0.5), ("tensor", torch.tensor(2.0)), ("metric", pl_module.metric)):
+            pl_module.log(name, value, True)
+
+
+def test_log_takes_what_lightning_takes():
+    trainer = tiny_trainer(callbacks=[Logs()])
+    trainer.fit(tiny_model(), datamodule=Prepared([tiny_batch(), tiny_batch(1)]))
+    expected = {"int": 3.0, "float": 0.5, "tensor": 2.0, "metric": 1.0}
+    assert {name: float(trainer.progress_bar_metrics[name]) for name in expected} == expected
 
 
 class Snapshots(Callback):
