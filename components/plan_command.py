@@ -61,7 +61,8 @@ def _parser() -> ArgumentParser:
         "--mfu",
         type=_positive(float, most=1.0),
         default=0.5,
-        help="Share of the GPUs' peak that computing alone reaches, in (0, 1], before it waits for communication. Default: 0.5.",
+        help="Share of the GPUs' peak that computing alone reaches with compiled blocks, in (0, 1], before it waits for "
+        "communication. Default: 0.5.",
     )
     add("--price-per-gpu-hour", type=number, default=2.0, help="Price of one GPU for one hour, in any currency. Default: 2.")
     add("--kg-co2-per-kwh", type=number, default=0.385, help="CO2 of the electricity, in kg/kWh. Default: 0.385.")

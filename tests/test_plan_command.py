@@ -4,7 +4,10 @@ import json
 import os
 import re
 import socket
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -15,6 +18,8 @@ from components import planning
 from components.command_line import RecipeCLI
 from components.plan.findings import findings_of
 from components.plan.gather import Target, facts_of
+from components.plan.schedule import Schedule
+from components.sharding.layout import demand_fit
 from tests.recipes.recipe_book import COMMANDS, RECIPES, instantiate
 
 pytestmark = pytest.mark.usefixtures("shards_expanded_once")
@@ -31,6 +36,11 @@ EXPECTED = {
     "meta_llava_13b_finetune+no_alignment": BOUND,
     "meta_llava_13b_finetune+resolution_336": BOUND,
     "meta_llava_13b_finetune+template_llava_llama_2": BOUND,
+    **{
+        f"meta_llava_13b_{stage}+no_accumulation_{what}": ("schedule",)
+        for stage in ("pretrain", "finetune")
+        for what in ("full", "selective")
+    },
     "llava15_7b_pretrain+projector_pixel_shuffle": ("accumulation",),
     "llava15_7b_pretrain+projector_resampler_64": ("accumulation",),
     "llava15_7b_finetune+projector_resampler_64": ("accumulation",),
@@ -59,7 +69,17 @@ RUNS = [pytest.param(run, marks=[pytest.mark.slow] if "+" in run else [], id=run
 @pytest.mark.parametrize("run", RUNS)
 def test_findings_of_every_recipe(run, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # no data, no runs
-    assert tuple(finding.name for finding in findings_of(resolved(run, Target()))) == EXPECTED.get(run, ())
+    facts = resolved(run, Target())
+    assert tuple(finding.name for finding in findings_of(facts)) == EXPECTED.get(run, ())
+    for choice in facts.choices:
+        changed = yaml.safe_load(choice.overlay)["trainer"]
+        layout = replace(facts.running.layout, **changed.get("strategy", {}).get("init_args", {}))
+        accumulation = changed.get("accumulate_grad_batches", facts.running.accumulation)
+        assert choice.estimate.schedule == Schedule(
+            layout, facts.workload.global_batch_size // layout.ranks // accumulation, accumulation
+        )
+        run = {"world_size": facts.running.ranks, "precision": facts.running.precision, "accumulate_grad_batches": accumulation}
+        demand_fit(layout, SimpleNamespace(**run, strategy=SimpleNamespace(_timeout=timedelta(minutes=1))))
 
 
 def test_every_expectation_is_of_a_recipe():
@@ -150,7 +170,7 @@ def test_the_reference_run_waits_for_its_network_and_an_overlay_mends_it(plan):
 
 
 @pytest.mark.parametrize(
-    ("overlays", "days"), [(("no_accumulation",), 9), (("resolution_336", "no_accumulation_selective"), 18)], ids=["224", "336"]
+    ("overlays", "days"), [(("no_accumulation",), 9), (("resolution_336", "no_accumulation"), 18)], ids=["224", "336"]
 )
 def test_the_shipped_overlays_of_the_reference_run(overlays, days):
     files = [RECIPES / "meta_llava_13b_pretrain.yaml", *(RECIPES / "ablations" / f"{name}.yaml" for name in overlays)]
@@ -168,6 +188,12 @@ def test_another_machine(plan):
     assert "8 x 4 h200-141gb, 200 Gb/s between nodes" in report
     assert re.search(r"recipe +8 x 4 +4 +16 ", report) and "at 40% MFU" in report
     assert "a GPU has 139.7" in report
+
+
+def test_options_that_the_strategy_refuses(plan):
+    code, report, _ = plan(*REFERENCE, "--trainer.strategy.init_args.activation_checkpointing", "selective")
+    assert code == 2
+    assert "contradiction (strategy_options): trainer.strategy.init_args: compile_blocks has its own choice" in report
 
 
 def test_a_machine_that_the_batch_cannot_be_dealt_to(plan):

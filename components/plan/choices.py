@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from components.plan.estimates import Estimate, equivalents, estimate
+from components.plan.estimates import Estimate, differing, equivalents, estimate
 from components.plan.machine import Machine
 from components.plan.schedule import Schedule
 from components.plan.workload import Workload
@@ -19,6 +19,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
         "reshard_after_forward",
         "defer_reduce_scatter",
         "activation_checkpointing",
+        "compile_blocks",
         "replicate_frozen",
     ),
     "FullyShardedV1": ("replicas", "shards", "activation_checkpointing"),
@@ -54,8 +55,9 @@ def choices_of(workload: Workload, machine: Machine, now: Estimate, mfu: float, 
         strategy: Name of the recipe's strategy class.
     """
     options = OPTIONS.get(strategy, ())
-    others = [one for one in equivalents(workload, machine, now.schedule, mfu) if _differs(one, now) <= {*options}]
-    if not options:
+    if options:
+        others = equivalents(workload, machine, now.schedule, mfu, options=options)
+    else:
         others = _same_layout(workload, machine, now.schedule, mfu)
     found: list[Choice] = []
 
@@ -71,8 +73,7 @@ def choices_of(workload: Workload, machine: Machine, now: Estimate, mfu: float, 
     other_mesh = [one for one in others if one.schedule.layout.replicas != mesh]
     offer("sharded inside each node" if mesh == 1 else "sharded over all GPUs", other_mesh)
     if first.bound == "communication" and now.schedule.layout.reduce_dtype == "float32":
-        rounded = equivalents(workload, machine, now.schedule, mfu, reduce_dtype="bfloat16")
-        rounded = [one for one in rounded if _differs(one, now) <= {*options, "reduce_dtype"}]
+        rounded = equivalents(workload, machine, now.schedule, mfu, reduce_dtype="bfloat16", options=options)
         if rounded and _seconds(first) > NEAR * _seconds(rounded[0]):
             offer("gradients rounded to bf16 on their way, which is not the same step", rounded)
     return tuple(found)
@@ -81,12 +82,6 @@ def choices_of(workload: Workload, machine: Machine, now: Estimate, mfu: float, 
 def _seconds(one: Estimate) -> float:
     """An optimizer step, between its bounds."""
     return (one.overlapped_seconds + one.serial_seconds) / 2
-
-
-def _differs(one: Estimate, now: Estimate) -> set[str]:
-    """Options of the layout that are not the recipe's."""
-    layout, recipe = asdict(one.schedule.layout), asdict(now.schedule.layout)
-    return {key for key in layout if layout[key] != recipe[key]}
 
 
 def _same_layout(workload: Workload, machine: Machine, schedule: Schedule, mfu: float) -> list[Estimate]:
@@ -101,10 +96,10 @@ def _same_layout(workload: Workload, machine: Machine, schedule: Schedule, mfu: 
 
 
 def _overlay(one: Estimate, now: Estimate) -> str:
-    layout = asdict(one.schedule.layout)
+    layout, different = asdict(one.schedule.layout), differing(one.schedule.layout, now.schedule.layout)
     changed: dict[str, Any] = {}
     if one.schedule.accumulation != now.schedule.accumulation:
         changed["accumulate_grad_batches"] = one.schedule.accumulation
-    if options := {key: value for key, value in layout.items() if key in _differs(one, now)}:
+    if options := {key: value for key, value in layout.items() if key in different}:
         changed["strategy"] = {"init_args": options}
     return yaml.safe_dump({"trainer": changed}, default_flow_style=True, sort_keys=False, width=float("inf")).strip()[1:-1]

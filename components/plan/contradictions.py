@@ -1,6 +1,7 @@
 """Contradictions: what training would refuse, or could not do as the recipe says, told before any rank is up."""
 
 from components.plan.facts import Facts
+from components.sharding.layout import refusal
 
 
 def warmup(facts: Facts) -> str | None:
@@ -45,8 +46,8 @@ def strategy_options(facts: Facts) -> str | None:
             f"trainer.precision is {facts.running.precision}, but trainer.strategy keeps float32 shards and computes in its "
             "param_dtype. Make trainer.precision 32-true."
         )
-    if layout.defer_reduce_scatter and facts.running.accumulation == 1:
-        return f"{key}.defer_reduce_scatter has no effect without accumulated micro-batches. Make it false."
+    if (reason := refusal(layout, facts.running.accumulation)) is not None:
+        return reason
     if layout.replicate_frozen and not any(rate is None for rate in facts.rates.values()):
         return f"{key}.replicate_frozen has no effect, since every part has a learning rate. Make it false, or freeze a part."
     return None

@@ -17,6 +17,7 @@ FAR = 2
 OTHERWISE = 1.25
 """Ratio from which on the stated length of a sample is not that of the first samples."""
 INSTEAD = "Take components.sharding.HybridSharding, as recipes/trainer/fsdp_8xa100.yaml does."
+BF16 = "Take --trainer recipes/trainer/gpu.yaml on one GPU (fsdp_8xa100.yaml on eight), or make it bf16-mixed."
 
 Severity = Literal["contradiction", "finding"]
 
@@ -173,16 +174,16 @@ def precision(facts: Facts) -> str | None:
     """Numbers too coarse to train on, or finer than the GPU is fast at."""
     stated, layout = facts.running.precision, facts.running.layout
     if stated.startswith("16"):
-        return f"trainer.precision is {stated}: float16 overflows at 65,504. Train in bfloat16: bf16-mixed."
+        return f"trainer.precision is {stated}: float16 overflows at 65,504. Train in bfloat16. {BF16}"
     if stated == "bf16-true":
         return (
             "trainer.precision is bf16-true: bfloat16 weights have 8 bits, so that most steps of a small learning rate round to "
-            "nothing. Keep fp32 weights: bf16-mixed."
+            f"nothing. Keep fp32 weights. {BF16}"
         )
     if not facts.running.on_gpus:
         return None
     if layout is None and stated in ("32", "32-true"):
-        return f"trainer.precision is {stated}: a GPU multiplies float32 many times slower than bfloat16. Make it bf16-mixed."
+        return f"trainer.precision is {stated}: a GPU multiplies float32 many times slower than bfloat16. {BF16}"
     if layout is not None and layout.param_dtype == "float32":
         return "trainer.strategy computes in float32, which a GPU does many times slower. Make its param_dtype bfloat16."
     return None

@@ -32,7 +32,7 @@ class Target:
         gpus_per_node: GPUs of each; None: the recipe's.
         gpu: Their model; None: the usual one where the recipe trains on GPUs.
         interconnect: Network of each node, such as 1.6Tb/s.
-        mfu: MFU of computing alone, in (0, 1].
+        mfu: MFU of computing alone, blocks compiled, in (0, 1].
     """
 
     nodes: int | None = None

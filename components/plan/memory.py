@@ -7,6 +7,7 @@ way peak at other moments, so that the sum is a bound.
 """
 
 from dataclasses import dataclass, fields
+from math import prod
 
 from components.loss import pieces_of
 from components.plan.communication import BYTES, sent_units
@@ -94,8 +95,10 @@ def _gathered(workload: Workload, schedule: Schedule) -> int:
     layout = schedule.layout
     if layout.whole:  # matrix products keep what was cast for them until their backward pass
         cast = sum(parameter.size for unit in workload.units for parameter in unit.parameters if unit.gradients_flow)
-        table = workload.vocab_size * workload.decoder.width  # of the embeddings, which no product reads
-        return 0 if layout.param_dtype == "float32" else BYTES[layout.param_dtype] * (cast - table)
+        table = (workload.vocab_size, workload.decoder.width)
+        shapes = [parameter.shape for unit in workload.units if unit.is_root for parameter in unit.parameters]
+        unread = prod(table) if shapes.count(table) > 1 else 0  # embeddings go into no product, unless they are the head too
+        return 0 if layout.param_dtype == "float32" else BYTES[layout.param_dtype] * (cast - unread)
     units = sent_units(workload, layout)
     root = sum(unit.padded(layout.shards) for unit in units if unit.is_root)
     kept = sum(unit.padded(layout.shards) for unit in units if unit.gradients_flow and not unit.is_root)
@@ -151,7 +154,8 @@ def decoder_bytes(
 
     Attention saves queries, keys, values and its result. Each norm saves its input; a trained one also what it scales and, for the
     matrices behind it, its output. The MLP saves what goes into its activation, what comes out, the other factor and, for a trained
-    matrix behind it, their product. A compiler makes norms one operation, and computes the activation once more.
+    matrix behind it, their product. A compiler makes norms one operation, and computes the activation once more. Not counted: where
+    PyTorch's packed attention takes no grouped keys (torch 2.11, the CPU), keys and values are saved as wide as the queries.
 
     Args:
         shape: Its widths.

@@ -59,6 +59,31 @@ class Layout:
         return ", ".join(facts + [words for words, holds in unusual.items() if holds])
 
 
+def refusal(layout: Layout, accumulation: int) -> str | None:
+    """Why an option of a layout would be without effect, whatever the machine; None: each has its effect.
+
+    Args:
+        layout: How a model is to lie.
+        accumulation: Micro-batches of an optimizer step, >= 1.
+    """
+    if layout.defer_reduce_scatter and layout.shards == 1:
+        return (
+            f"{_KEY}.defer_reduce_scatter has no effect, since shards is 1: nothing is scattered. Make it false; gradients cross "
+            "the replicas once per optimizer step in any case."
+        )
+    if layout.defer_reduce_scatter and accumulation == 1:
+        return (
+            f"{_KEY}.defer_reduce_scatter has no effect, since trainer.accumulate_grad_batches is 1. Make it false, or let a step "
+            "have several micro-batches."
+        )
+    if layout.compile_blocks and layout.activation_checkpointing == "selective":
+        return (
+            f"{_KEY}: compile_blocks has its own choice of what is computed again, which leaves none to activation_checkpointing: "
+            "selective. Make the latter none or full, or compile_blocks false."
+        )
+    return None
+
+
 def demand_fit(layout: Layout, trainer: Any) -> None:
     """The layout of a strategy can be laid over the ranks of its trainer, and none of its options is without effect there.
 
@@ -81,18 +106,5 @@ def demand_fit(layout: Layout, trainer: Any) -> None:
             f"trainer.precision is {trainer.precision}, but trainer.strategy keeps its shards in float32 and computes in its "
             "param_dtype. Make trainer.precision 32-true."
         )
-    if layout.defer_reduce_scatter and layout.shards == 1:
-        raise RecipeError(
-            f"{_KEY}.defer_reduce_scatter has no effect, since shards is 1: nothing is scattered. Make it false; gradients cross "
-            "the replicas once per optimizer step in any case."
-        )
-    if layout.defer_reduce_scatter and trainer.accumulate_grad_batches == 1:
-        raise RecipeError(
-            f"{_KEY}.defer_reduce_scatter has no effect, since trainer.accumulate_grad_batches is 1. Make it false, or let a step "
-            "have several micro-batches."
-        )
-    if layout.compile_blocks and layout.activation_checkpointing == "selective":
-        raise RecipeError(
-            f"{_KEY}: compile_blocks has its own choice of what is computed again, which leaves none to activation_checkpointing: "
-            "selective. Make the latter none or full, or compile_blocks false."
-        )
+    if (reason := refusal(layout, trainer.accumulate_grad_batches)) is not None:
+        raise RecipeError(reason)

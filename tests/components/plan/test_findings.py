@@ -36,6 +36,11 @@ CASES = {
         {"running": {"layout": replace(LAYOUT, defer_reduce_scatter=True)}},
         "defer_reduce_scatter",
     ),
+    "strategy_options, compiled": (
+        {"running": {"layout": replace(LAYOUT, compile_blocks=True, activation_checkpointing="selective")}},
+        {"running": {"layout": replace(LAYOUT, compile_blocks=True, activation_checkpointing="full")}},
+        "compile_blocks has its own choice",
+    ),
     "strategy_options, frozen": (
         {
             "running": {"layout": replace(LAYOUT, replicate_frozen=True)},

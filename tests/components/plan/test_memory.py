@@ -1,5 +1,7 @@
 """What lies on a GPU, against the published table and against what autograd saves of a real block."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from reference import ALIGN, FULL, machine, schedule, workload
@@ -242,6 +244,12 @@ def test_a_whole_model_gathers_nothing():
     # a frozen tower keeps nothing for backward, and no product reads the table of the embeddings
     assert autocast.gathered * GIB == 2 * (13_015_864_320 - 32000 * 5120 + 31_467_520)
     assert autocast.reduction == 0
+    # the table of tied embeddings is the head, which a product reads
+    *blocks, root = workload().units
+    tables = [parameter for parameter in root.parameters if parameter.shape == (32000, 5120)]
+    tied = replace(root, parameters=tuple(parameter for parameter in root.parameters if parameter is not tables[0]))
+    of_tied = memory_of(replace(workload(), units=(*blocks, tied)), alone, schedule(1, 1, shards=1, whole=True))
+    assert (root.is_root, len(tables), of_tied.gathered) == (True, 2, autocast.gathered)
     buckets = memory_of(workload(), alone, schedule(1, 1, replicas=8, shards=1, whole=True)).reduction * GIB
     assert buckets == 4 * (13_015_864_320 + 31_467_520)
 
