@@ -24,8 +24,9 @@ SHARED = ROOT.parent / "shared"
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
-    """Indices of annotation files go to a folder of the test session."""
+    """Indices of annotation files and what is compiled go to folders of the test session."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "compiled"))
 
 
 @pytest.fixture(scope="session")
