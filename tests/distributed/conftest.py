@@ -1,4 +1,7 @@
-"""The processes that the tests of this folder share: to start them takes longer than most tests."""
+"""The processes that the tests of a file share: to start them takes longer than most tests.
+
+They end with the file, since every process group that a test leaves behind has threads that go on looking for messages.
+"""
 
 from collections.abc import Iterator
 
@@ -6,13 +9,13 @@ import pytest
 from pair import Processes
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def pair() -> Iterator[Processes]:
     """Two processes, started by the first test that runs something on them."""
     yield from _shared(2)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def quartet() -> Iterator[Processes]:
     """Four of them."""
     yield from _shared(4)
