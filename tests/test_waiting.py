@@ -160,7 +160,7 @@ class Watched(TinyModel):
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; what a step reads is counted on a CPU above")
 def test_a_gpu_waits_once_a_step(monkeypatch):
     monkeypatch.setattr("tiny.TinyModel", Watched)
     batches = [tiny_batch(seed).pin_memory() for seed in range(8)]

@@ -143,7 +143,7 @@ def test_the_kernel_gets_the_arguments_of_its_version(monkeypatch, varlen_attn, 
     torch.testing.assert_close(ours, attention._per_document(query, key, value, ends, scaling, sliding_window))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; its arguments and the path of a CPU are compared above")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_kernel_equals_one_document_at_a_time(name):
     decoder = built(name).to("cuda", torch.bfloat16)

@@ -164,7 +164,7 @@ def test_the_kernel_of_a_gpu_is_one_operator_of_the_graph(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; on a CPU the same blocks are compiled once above")
 def test_blocks_of_a_gpu_are_compiled_once_and_wait_for_nothing(monkeypatch):
     plain, model = (model_with(DEEP, TOWER_FROZEN).decoder.to("cuda", torch.bfloat16) for _ in range(2))
     for block in model.blocks():
