@@ -4,7 +4,7 @@ Source: PyTorch FSDP2 through Lightning's ModelParallelStrategy. Differs: the me
 across), and gradients cross the nodes once per optimizer step.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -103,9 +103,13 @@ class HybridSharding(ModelParallelStrategy):
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """Around every micro-batch of an optimizer step but the last: gradients cross the groups once per step."""
+        """Around every micro-batch of an optimizer step but the last: gradients cross the groups once per step.
+
+        Where a group is one rank its gradients are whole in any case, and what has been added up is copied once.
+        """
         model: Any = self.model
-        exchange = model.set_requires_gradient_sync if self.layout.defer_reduce_scatter else model.set_requires_all_reduce
+        waits = self.layout.defer_reduce_scatter or self.layout.shards == 1
+        exchange = model.set_requires_gradient_sync if waits else model.set_requires_all_reduce
         exchange(False)
         try:
             yield
@@ -155,7 +159,27 @@ def shard(model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, layout: L
         unit.module.register_forward_hook(_own_memory)
         sharded = fully_shard(unit.module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, ignored_params=whole)
         sharded.set_unshard_in_backward(unit.gradients_flow)
+        if layout.shards == 1:
+            sharded.set_custom_reduce_scatter(Alone())  # type: ignore[arg-type]  # its base class is private
     register_fsdp_forward_method(model, "generate")  # the steps call forward
+
+
+class Alone:
+    """Memory for the gradients of a unit that one rank holds whole: what FSDP2 would copy to itself stays where it is.
+
+    Source: the `ReduceScatter` of `FSDPModule.set_custom_reduce_scatter`. For a group of one rank FSDP2 asks it for an input and
+    for an output and copies one to the other, on a stream whose memory no other tensor can use afterwards.
+    """
+
+    def __init__(self) -> None:
+        self._given: torch.Tensor | None = None
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """The input, and then the same tensor as output."""
+        given, self._given = self._given, None
+        if given is None:
+            given = self._given = torch.empty(*size, dtype=dtype, device=device)
+        return given
 
 
 def _own_memory(module: nn.Module, arguments: Any, output: Any) -> Any:

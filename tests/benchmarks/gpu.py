@@ -2,10 +2,10 @@
 
 Our step is what a run does: the Trainer with `HybridSharding` on one rank, compiled blocks, AdamW, the loss divided by the targets
 of the whole step. Theirs is `LlavaForConditionalGeneration` as transformers' Trainer calls it, on the same sharded blocks, not
-compiled, with the same optimizer. Weights are random, lengths as in `workloads.py`. Micro-batches fill the GPU with our step. Where
-theirs needs more memory than there is, it is timed with transformers' gradient checkpointing and in as many smaller micro-batches
-as it needs without, and the quicker one is compared. Memory is that of a step beside transformers' tower and the batches of all,
-which stay on the GPU: less than a GiB.
+compiled, with the same optimizer; gradients of both are reduced once a step. Weights are random, lengths as in `workloads.py`.
+Micro-batches are the largest that our step leaves room for (7B), or that both do (13B). Where theirs needs more memory than there
+is, it is timed with transformers' gradient checkpointing and in as many smaller micro-batches as it needs without, and the quicker
+one is compared. Memory is that of a step beside transformers' tower and the batches of all, which stay on the GPU: less than a GiB.
 
 FLOPs are those of `components.flops` for the samples, whoever computes them; MFU is taken of the bf16 matrix product that the same
 process has timed. `--small --device cpu` goes through the same code on a laptop.
@@ -83,10 +83,10 @@ def _case(decoder: str, tower: str, rates: LearningRates, captions: int, instruc
 
 
 CASES = {
-    "7b_full_224": _case("llama2_7b", "clip_vit_l", FULL, 22, 8, 2),
-    "7b_full_336": _case("llama2_7b", "clip_vit_l_336", FULL, 11, 7, 2),
+    "7b_full_224": _case("llama2_7b", "clip_vit_l", FULL, 22, 8, 4),
+    "7b_full_336": _case("llama2_7b", "clip_vit_l_336", FULL, 11, 6, 4),
     "13b_align_224": _case("llama2_13b", "clip_vit_l", ALIGN, 40, 14, 1),
-    "13b_align_336": _case("llama2_13b", "clip_vit_l_336", ALIGN, 20, 10, 1),
+    "13b_align_336": _case("llama2_13b", "clip_vit_l_336", ALIGN, 20, 12, 1),
 }
 SMALL_DECODER = {
     "hidden_size": 64,

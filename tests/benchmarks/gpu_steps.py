@@ -84,7 +84,7 @@ class Peers:
     def uncompiled(self, kind: str, step: int) -> None:
         """Our step with blocks as they are."""
         with plain_blocks(self.model):
-            self._step(self._ours, step)
+            self._step([partial(self._ours, number) for number in self._numbers(step)])
 
     def _theirs(self, kind: str) -> list[tuple[str, list[list[Micro]], bool]]:
         """The ways in which transformers' step fits: its name, micro-batches, and whether it computes blocks again."""
@@ -94,13 +94,19 @@ class Peers:
 
     def _step_of_theirs(self, name: str, micros: list[list[Micro]], recomputes: bool, step: int) -> None:
         with self._as_theirs(recomputes):
-            self._step(lambda number: self._of_micros(micros[number]), step)
+            self._step([partial(self._of_micros, [micro]) for number in self._numbers(step) for micro in micros[number]])
 
-    def _step(self, backward: Callable[[int], Tensor], step: int) -> None:
+    def _numbers(self, step: int) -> range:
+        """The micro-batches of a step."""
+        return range(step * self.accumulation, (step + 1) * self.accumulation)
+
+    def _step(self, backwards: list[Callable[[], Tensor]]) -> None:
         optimizer = self.model.trainer.optimizers[0]
         optimizer.zero_grad(set_to_none=True)  # the Trainer does so only in the next step
-        for number in range(step * self.accumulation, (step + 1) * self.accumulation):
-            backward(number)
+        with self.model.trainer.strategy.block_backward_sync():
+            for backward in backwards[:-1]:
+                backward()
+        backwards[-1]()
         optimizer.step()
 
     def _ours(self, number: int) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 import training_runs as runs
 from lightning import Callback
 from tiny import TOWER_FROZEN, tiny_document
+from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import CURVE_RATES, hybrid, twenty_steps
 
 from components.sharding import HybridSharding
@@ -67,6 +68,40 @@ def test_options_equal_the_run_without_a_strategy(options):
 def test_compiled_blocks_equal_the_run_without_a_strategy(monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     assert_equal_to_plain(1e-5, compile_blocks=True, replicate_frozen=True)
+
+
+class Copies(TorchDispatchMode):
+    """Counts how often FSDP2 copies gradients together, and how often it copies what it has copied together."""
+
+    def __init__(self):
+        super().__init__()
+        self.together, self.again = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.fsdp.chunk_cat.default:
+            self.together.append(kwargs["out"].data_ptr())
+        if func is torch.ops.aten.copy_.default and args[0] is not args[1]:
+            self.again += args[1].data_ptr() in self.together
+        return func(*args, **(kwargs or {}))
+
+
+class Counting(Callback):
+    """Counts in the backward pass of the first micro-batch of two, and of the second."""
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        self.copies = Copies()
+        self.copies.__enter__()
+
+    def on_after_backward(self, trainer, pl_module):
+        self.copies.__exit__(None, None, None)
+        is_last = trainer.fit_loop.epoch_loop.batch_idx % 2
+        assert (len(self.copies.together) > len(pl_module.decoder.blocks())) == is_last
+        assert self.copies.again == 0
+
+
+def test_gradients_are_copied_in_the_last_micro_batch_alone():
+    """FSDP2 copies those of a unit together, and then to itself; with several micro-batches it would do so for each."""
+    runs.train(CURVE_RATES, STEPS, accumulate=2, callbacks=[Counting()], strategy=hybrid(1, 1))
 
 
 def test_frozen_parts_are_held_in_the_precision_that_they_are_used_in():
