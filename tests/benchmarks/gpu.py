@@ -53,6 +53,10 @@ THEIRS, CUT, UNCOMPILED = "transformers", "transformers, cut", "ours, not compil
 COLUMNS = [
     "model, trained, pixels", "lengths", "step", "tokens", "s a step", "tokens/s", "MFU of ceiling", "of peak", "GiB", "ratio",
 ]  # fmt: skip
+CHECKS = [
+    "model, trained, pixels", "lengths", "samples x micro-batches", "ceiling, TFLOP/s", "tensors by `plan`, GiB", "measured",
+    "their loss", "ours", "gradients differ by", "graphs before timing", "later",
+]  # fmt: skip
 KINDS = ("captions", "instructions")
 MATRIX = {"cuda": 8192, "cpu": 512}
 """Side of the matrices whose product is the ceiling."""
@@ -114,7 +118,7 @@ def main(arguments: list[str]) -> str | None:
         print(json.dumps(measure(options.one, options)))
         return None
     # a process for each case: what one leaves in memory is no matter for the next
-    rows, notes, card = [], [], ""
+    rows, checks, card = [], [], ""
     # micro-batches differ in their tokens
     environment = os.environ | {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     for name in tqdm(options.cases, unit="case", file=sys.stderr):
@@ -124,16 +128,16 @@ def main(arguments: list[str]) -> str | None:
             raise SystemExit(f"{name} ended with {done.returncode}: no table.")
         found = json.loads(done.stdout.splitlines()[-1])
         rows += found["rows"]
-        notes += found["notes"]
+        checks += found["checks"]
         # what is measured is seen even if a later case fails
-        print(table(name, COLUMNS, found["rows"]), *found["profiles"], sep="\n", flush=True)
+        print(table(name, COLUMNS, found["rows"]), table("", CHECKS, found["checks"]), *found["profiles"], sep="\n", flush=True)
         card = found["card"]
     title = f"Training steps on one {card}; torch {torch.__version__}, transformers {transformers.__version__}; random weights."
-    return "\n".join([table(title, COLUMNS, rows), "", *notes])
+    return table(title, COLUMNS, rows) + "\n" + table("What was checked in the same run:", CHECKS, checks)
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Rows of the table, and remarks, of one case."""
+    """Rows of both tables, and profiles, of one case."""
     case, device = CASES[name], torch.device(options.device)
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     ceiling = matmul_ceiling(device)
@@ -166,7 +170,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     )  # fmt: skip
     packed = [pack(micro_batch) for kind in KINDS for micro_batch in micro_batches[kind]]
     trainer.fit(model, datamodule=Ready(packed, pinned=device.type == "cuda"))
-    rows, notes, profiles = [], [], []
+    rows, checks, profiles = [], [], []
     for kind in KINDS:
         timed = micro_batches[kind][options.warmup * case.accumulation :][: options.blocks * options.steps * case.accumulation]
         work = Work.of(model, timed)
@@ -178,21 +182,17 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
             )
             figures = work.figures(alternate.timings[kind, step], options.steps, ceiling, device)
             rows.append([name, kind, words, *figures, "1" if step == quicker else ratios(alternate, kind, quicker, step)])
-        expected, measured = forecast.of_ours(micro_batches[kind], strategy.layout), alternate.timings[kind, OURS]
-        tensors = expected.total - expected.allowance
-        notes.append(
-            f"- {name}, {kind}: `plan` expects {tensors:.1f} GiB of tensors, {measured.gib:.1f} GiB were measured; with context "
-            f"and fragments it allows for {expected.total:.1f} GiB."
-        )
+        expected, agreed = forecast.of_ours(timed, strategy.layout), peers.agreed[kind]
+        checks.append([
+            name, kind, f"{samples[kind]} x {case.accumulation}", f"{ceiling / 1e12:.3g}",
+            f"{expected.total - expected.allowance:.1f}", f"{alternate.timings[kind, OURS].gib:.1f}",
+            f"{agreed.theirs:.4f}", f"{agreed.ours:.4f}", f"{agreed.gradients:.1e}",
+            alternate.graphs[0], alternate.graphs[-1] - alternate.graphs[0],
+        ])  # fmt: skip
         if options.profile:
             profiles.append(where_time_goes(f"One step of {name}, {kind}, ours", alternate.profiles[kind], device))
     card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    notes.append(
-        f"- {name}: ceiling {ceiling / 1e12:.3g} TFLOP/s; {case.accumulation} micro-batches a step; "
-        f"{'; '.join(peers.remarks)}; "
-        f"{alternate.graphs[0]} graphs compiled before the first timed step, {alternate.graphs[-1] - alternate.graphs[0]} after it."
-    )
-    return {"rows": rows, "notes": notes, "profiles": profiles, "card": card}
+    return {"rows": rows, "checks": checks, "profiles": profiles, "card": card}
 
 
 # --- the model

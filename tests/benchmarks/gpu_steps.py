@@ -27,6 +27,15 @@ class Micro:
     share: float
 
 
+@dataclass(frozen=True)
+class Agreed:
+    """Losses of the micro-batch that was compared, and the largest difference of a gradient in norm, relative."""
+
+    theirs: float
+    ours: float
+    gradients: float
+
+
 class Peers:
     """Optimizer steps by hand on the weights of a run, once it has them.
 
@@ -46,7 +55,7 @@ class Peers:
     ) -> None:
         self.model, self.micro_batches, self.accumulation, self.parts = model, micro_batches, accumulation, parts
         self.llava: Any = None
-        self.remarks: list[str] = []
+        self.agreed: dict[str, Agreed] = {}
 
     def gate(self, kind: str) -> None:
         """Prepare a workload's batches, and demand that the longest has the same loss and gradients in all steps.
@@ -66,12 +75,14 @@ class Peers:
         self.cut = [self._collated(micro_batch, self.parts[kind]) for micro_batch in self.micro_batches[kind]]
         longest = max(range(len(self.whole)), key=lambda number: self.whole[number][0].inputs["input_ids"].numel())
         loss, gradients = self._loss_and_gradients(lambda: self._ours(longest), nullcontext())
+        all_worst = 0.0
         for name, micros, recomputes in self._theirs(kind):
             expected, theirs = self._loss_and_gradients(partial(self._of_micros, micros[longest]), self._as_theirs(recomputes))
             worst = max(float((gradients[n] - g).norm() / g.norm()) for n, g in theirs.items())
             if not (abs(loss - expected) <= LOSS_LIMIT * expected and worst <= GRADIENT_LIMIT):
                 raise SystemExit(f"{kind}, {name}: loss {expected}, ours {loss}, gradients differ by {worst}: not timed.")
-            self.remarks.append(f"{kind}, {name}: loss {expected:.4f}, ours {loss:.4f}, gradients differ by at most {worst:.1e}")
+            all_worst = max(all_worst, worst)
+        self.agreed[kind] = Agreed(expected, loss, all_worst)
 
     def theirs(self, kind: str, step: int) -> None:
         """A step as transformers' Trainer takes it, with gradient checkpointing where it would not fit otherwise."""
