@@ -53,6 +53,9 @@ def run(arguments: tuple[str, ...]) -> str:
 COMMANDS = {run(arguments): arguments for path in [*FULL, *OVERLAYS] for arguments in commands(path)}
 """Every command that a recipe or an overlay states, by the name of its run."""
 
+TELLING = {run(commands(path)[0]) for path in [*FULL, *OVERLAYS]}
+"""Runs of each recipe and of each overlay on the first recipe that it names."""
+
 
 @functools.cache
 def command_line():
@@ -63,14 +66,16 @@ def command_line():
     return RecipeCLI(arguments, run=False)
 
 
-@functools.cache
 def resolve(arguments: tuple[str, ...]) -> Namespace:
     """What the command line makes of arguments. Not to be written to: every test gets the same."""
-    arguments = tuple(str(ROOT / word) if word.startswith("recipes/") else word for word in arguments)
+    return _resolve(tuple(str(ROOT / word) if word.startswith("recipes/") else word for word in arguments))
+
+
+@functools.cache
+def _resolve(arguments: tuple[str, ...]) -> Namespace:
     return command_line().parser.parse_args(list(arguments))
 
 
-@functools.cache
 def recipe(run: str) -> Namespace:
     """A recipe without what its command adds to it, and with the overlays in its run's name."""
     return resolve(tuple(word for path in configs(COMMANDS[run]) for word in ("--config", str(path))))

@@ -9,22 +9,23 @@ from pathlib import Path
 import pytest
 import torch
 from lightning import Callback, Trainer
-from recipe_book import COMMANDS, ROOT, flat, instantiate, resolve
+from recipe_book import COMMANDS, ROOT, TELLING, flat, instantiate, resolve
 
+from callbacks.warmup import Warmup
 from components.data import InstructionData
 from components.shapes_world import WORDS
 from components.tokenizer import WordTokenizer, load_tokenizer
 from components.vlm import VisionLanguageModel
 
 RUNS = sorted(COMMANDS)
-ON_THIS_MACHINE = (
-    "--trainer.accelerator=cpu",
-    "--trainer.devices=1",
-    "--trainer.num_nodes=1",
-    "--trainer.strategy=auto",
-    "--trainer.precision=32-true",
-    "--trainer.logger=false",
-)
+ON_THIS_MACHINE = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "num_nodes": 1,
+    "strategy": "auto",
+    "precision": "32-true",
+    "logger": False,
+}
 
 CLIP_224, CLIP_336, CLIP_336_WHOLE, SIGLIP = 290_581_504, 290_909_184, 303_505_408, 397_745_440
 LLAMA_7B, LLAMA_13B = 6_738_415_616, 13_015_864_320
@@ -80,11 +81,11 @@ def opened_files():
     listening = False
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", [pytest.param(run, marks=[] if run in TELLING else [pytest.mark.slow]) for run in RUNS])
 def test_every_command_builds_without_files_or_network(run, opened_files):
     opened_files.clear()
     with torch.device("meta"):
-        parts = instantiate((*COMMANDS[run], *ON_THIS_MACHINE))
+        parts = instantiate(COMMANDS[run])
         model = parts.model
         model.build()
         model.adapt()
@@ -101,7 +102,8 @@ def test_every_command_builds_without_files_or_network(run, opened_files):
     expected = SIZES.get(model_name, SIZES[model_name.partition("+")[0]])
     assert (*sizes, model.sample_format().tokens_per_image) == expected
 
-    trainer = Trainer(**{**parts.trainer, "callbacks": [parts.warmup, parts.checkpoint, parts.validation, parts.throughput]})
+    callbacks = [parts.warmup, parts.checkpoint, parts.validation, parts.throughput]
+    trainer = Trainer(**{**parts.trainer, **ON_THIS_MACHINE, "callbacks": callbacks})
     assert trainer.max_steps == resolve(COMMANDS[run]).max_steps
     assert trainer.world_size == 1
 
@@ -121,11 +123,12 @@ def test_batch_and_machine_agree(run):
 
 @pytest.mark.parametrize("run", RUNS)
 def test_the_warmup_ends(run):
-    parts, max_steps = instantiate(COMMANDS[run]), resolve(COMMANDS[run]).max_steps
-    warmup = parts.warmup.num_steps(max_steps)
+    resolved = resolve(COMMANDS[run])
+    schedule, max_steps = Warmup(**resolved.warmup), resolved.max_steps
+    warmup = schedule.num_steps(max_steps)
     assert 0 < warmup <= max_steps / 8
-    assert parts.warmup.factor(warmup, max_steps) == 1
-    assert parts.warmup.factor(max_steps, max_steps) == pytest.approx(parts.warmup.floor)
+    assert schedule.factor(warmup, max_steps) == 1
+    assert schedule.factor(max_steps, max_steps) == pytest.approx(schedule.floor)
 
 
 @pytest.mark.parametrize("run", [run for run in RUNS if "finetune" in run and "no_alignment" not in run])
