@@ -18,6 +18,7 @@ from components import planning
 from components.command_line import RecipeCLI
 from components.plan.findings import findings_of
 from components.plan.gather import Target, facts_of
+from components.plan.samples import FirstSamples
 from components.plan.schedule import Schedule
 from components.sharding.layout import demand_fit
 from tests.recipes.recipe_book import COMMANDS, RECIPES, instantiate
@@ -63,7 +64,9 @@ def _configs(files):
     return tuple(word for file in files for word in ("--config", str(file)))
 
 
-RUNS = [pytest.param(run, marks=[pytest.mark.slow] if "+" in run else [], id=run) for run in sorted(COMMANDS)]
+DIFFERENT = {"quickstart", "own_pictures", "llava15_7b_finetune", "llava15_7b_lora_finetune", "meta_llava_13b_pretrain"}
+"""Recipes with findings of their own, or on a machine of their own; the others are as one of them."""
+RUNS = [pytest.param(run, marks=[] if run in DIFFERENT else [pytest.mark.slow], id=run) for run in sorted(COMMANDS)]
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -127,7 +130,9 @@ READ = {
 
 
 @pytest.mark.parametrize("what", READ)
-def test_facts_are_read_from_a_recipe(what, tmp_path):
+def test_facts_are_read_from_a_recipe(what, tmp_path, monkeypatch):
+    prepare = FirstSamples.prepare
+    monkeypatch.setattr(FirstSamples, "prepare", lambda first: prepare(first, 4))  # as telling here as more
     changes, expected = READ[what]
     sound = {"trainer": {"accelerator": "gpu", "devices": 4, "precision": "bf16-mixed"}, "data": {"num_workers": 1}}
     recipe = instantiate(("--config", str(write_recipe(tmp_path / "small.yaml", **merged(sound, changes)))))
@@ -283,7 +288,11 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
+# one for each of the places that find them: the files, the parser, the parts
+SOONEST = {"a section", "a value that a class refuses", "every part frozen"}
+
+
+@pytest.mark.parametrize("mistake", [pytest.param(key, marks=[] if key in SOONEST else [pytest.mark.slow]) for key in MISTAKES])
 def test_a_mistake_is_told_as_fit_tells_it(mistake, plan, tmp_path, capsys):
     recipe = write_recipe(tmp_path / "small.yaml")
     (tmp_path / "mistake.yaml").write_text(json.dumps(MISTAKES[mistake]))
