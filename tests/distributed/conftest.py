@@ -1,6 +1,6 @@
-"""The processes that the tests of a file share: to start them takes longer than most tests.
+"""The processes that the tests share: to start them, and to run anything on them for the first time, takes longer than most tests.
 
-They end with the file, since every process group that a test leaves behind has threads that go on looking for messages.
+Their process groups end with each file, since every group that a test leaves behind has threads that go on looking for messages.
 """
 
 from collections.abc import Iterator
@@ -10,14 +10,26 @@ from pair import Processes
 
 
 @pytest.fixture(scope="module")
-def pair() -> Iterator[Processes]:
+def pair(_pair: Processes) -> Iterator[Processes]:
     """Two processes, started by the first test that runs something on them."""
-    yield from _shared(2)
+    yield _pair
+    _pair.leave_groups()
 
 
 @pytest.fixture(scope="module")
-def quartet() -> Iterator[Processes]:
+def quartet(_quartet: Processes) -> Iterator[Processes]:
     """Four of them."""
+    yield _quartet
+    _quartet.leave_groups()
+
+
+@pytest.fixture(scope="session")
+def _pair() -> Iterator[Processes]:
+    yield from _shared(2)
+
+
+@pytest.fixture(scope="session")
+def _quartet() -> Iterator[Processes]:
     yield from _shared(4)
 
 
