@@ -1,6 +1,6 @@
 """The command itself on two processes: a sharded run trains, validates and saves what a run on one process does.
 
-Two processes come from `torchrun`, or from the command itself.
+Two processes come from `torchrun`, or from the command itself; where only what they do is looked at, from a fork.
 """
 
 import json
@@ -14,8 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from pair import fork
 from small_recipe import RECIPE, fit, write_recipe
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_kill import finish
+from test_kill import fit as fit_on_rank
 from tiny import assert_equal, weights
 
 from components.ask import ask
@@ -36,10 +39,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
-def sharded_trainer(name: str = "fsdp_8xa100") -> dict[str, Any]:
-    """A trainer of eight GPUs, on two processes of a CPU."""
+def sharded_trainer(name: str = "fsdp_8xa100", compiled: bool = False) -> dict[str, Any]:
+    """A trainer of eight GPUs, on two processes of a CPU, whose compiler takes longer than the rest of a run."""
     trainer = yaml.safe_load((ROOT / f"recipes/trainer/{name}.yaml").read_text())
-    trainer["strategy"]["init_args"] |= {"replicas": 1, "shards": 2, "param_dtype": "float32"}
+    options = trainer["strategy"]["init_args"]
+    options |= {"replicas": 1, "shards": 2, "param_dtype": "float32"}
+    if "compile_blocks" in options:
+        options["compile_blocks"] = compiled
     return trainer | {"accelerator": "cpu", "devices": 2, "num_nodes": 1, "log_every_n_steps": 1}
 
 
@@ -55,6 +61,12 @@ def command(recipe: Path, name: str = "fit", *options: str, launcher: tuple[str,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
+
+
+def fit_under_torchrun(recipe: str, run: str) -> None:
+    """`fit` on this rank, with what `torchrun` tells it."""
+    told = {"RANK": os.environ["LOCAL_RANK"], "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
+    fit_on_rank(str(Path(recipe).parent), recipe, run, 0.0, told | {"GROUP_WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "none"})
 
 
 def losses(run: str) -> list[float]:
@@ -75,7 +87,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.chdir(folder)
         assert fit(write_recipe(folder / "whole.yaml", **CHANGES)) == 0
         recipe = write_recipe(folder / "sharded.yaml", trainer=sharded_trainer(), **CHANGES)
-        assert "run runs/sharded starts of 4" in command(recipe, launcher=TORCHRUN)
+        codes = finish(fork(fit_under_torchrun, [(str(recipe), "sharded")] * 2))
+        printed = [Path(f"log.{rank}").read_text() for rank in range(2)]
+        assert codes == [0, 0], "\n".join(printed)
+        assert "run runs/sharded starts of 4" in printed[0]
         yield recipe
 
 
@@ -96,6 +111,13 @@ def test_a_sharded_run_is_the_run_of_one_process(runs: Path) -> None:
     resolved = yaml.safe_load(Path("runs/whole/recipe.yaml").read_text())
     assert resolved["trainer"]["use_distributed_sampler"] is False  # though the recipe does not say so
     assert_the_run_of_one_process("sharded")
+
+
+@pytest.mark.slow
+def test_compiled_under_torchrun_too(runs: Path) -> None:
+    recipe = write_recipe(runs.with_name("compiled.yaml"), trainer=sharded_trainer(compiled=True), **CHANGES)
+    assert "run runs/compiled starts of 4" in command(recipe, launcher=TORCHRUN)
+    assert_the_run_of_one_process("compiled")
 
 
 @pytest.mark.slow
