@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from lightning import Callback
 from tiny import TOWER_FROZEN
-from training_runs import hybrid, train, twenty_steps
+from training_runs import hybrid, slow, train, twenty_steps
 
 from callbacks.checkpoint import Checkpoint, canary, saving, snapshot
 from components.errors import RecipeError
@@ -58,18 +58,18 @@ def steps(run):
     return [int(folder.name.removeprefix("step_")) for folder in complete_checkpoints(Path(run))]
 
 
-def trained(folder, strategy, refused=(-1, {}), slow=-1, options=None):
+def trained(folder, strategy, refused=(-1, {}), slower=-1, options=None):
     """A run of five steps on this rank: its losses or what ended it, what it told, and which checkpoints it saw on the way.
 
     Args:
         folder: The run.
         strategy: Its name.
         refused: The rank whose disk refuses, and how often it does at which steps; 0 stands for the canary.
-        slow: The rank that writes nothing beside training before step 4 is over.
+        slower: The rank that writes nothing beside training before step 4 is over.
         options: Of the checkpoints.
     """
     rank = int(os.environ["LOCAL_RANK"])
-    gate = threading.Event() if slow == rank else None
+    gate = threading.Event() if slower == rank else None
     opens = Opens(folder, gate or threading.Event(), step=4)
     disk = Disk(refused[1] if rank == refused[0] else {}, gate)
     checkpoint = Checkpoint(**{"every_n_steps": 1, "keep": 9} | (options or {}))
@@ -132,8 +132,9 @@ def test_a_disk_that_is_full_for_one_rank_ends_both(pair, run):
         assert "File too large" in end
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
-@pytest.mark.parametrize(("strategy", "rank"), [("fsdp", 1), ("ddp", 0)])
+@pytest.mark.parametrize(
+    ("strategy", "rank", "asynchronous"), [("fsdp", 1, True), ("ddp", 0, False), slow("fsdp", 1, False), slow("ddp", 0, True)]
+)
 def test_a_save_that_fails_on_one_rank_is_given_up_by_both(pair, run, strategy, rank, asynchronous):
     """Twice is retried; three times is a save less; and as often in a row as the recipe says is the end."""
     options = {"max_failed_saves": 2, "asynchronous": asynchronous}
@@ -152,12 +153,12 @@ def hashes(run, step):
     return {name: facts["sha256"] for name, facts in files.items() if name.endswith(".distcp")}
 
 
-@pytest.mark.parametrize("slow", [0, 1])
-def test_a_checkpoint_written_beside_training_is_visible_when_the_slower_rank_is_done(pair, tmp_path, slow):
+@pytest.mark.parametrize("slower", [slow(0), 1])
+def test_a_checkpoint_written_beside_training_is_visible_when_the_slower_rank_is_done(pair, tmp_path, slower):
     one, two = new_run(tmp_path / "synchronous"), new_run(tmp_path / "asynchronous")
     ((expected, _, _), _) = pair.run(trained, str(one), "fsdp", (-1, {}), -1, {"every_n_steps": 2})
     options = {"every_n_steps": 2, "asynchronous": True}
-    for losses, told, seen in pair.run(trained, str(two), "fsdp", (-1, {}), slow, options):
+    for losses, told, seen in pair.run(trained, str(two), "fsdp", (-1, {}), slower, options):
         assert losses == expected
         assert seen == [[], [], [], [], [2]]  # a look before that of the checkpoints
         assert told == []

@@ -9,12 +9,12 @@ from lightning import Callback
 from tiny import DECODER_FROZEN, TOWER_FROZEN, built_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from training_runs import hybrid, twenty_steps
+from training_runs import hybrid, slow, twenty_steps
 
 from components.sharding import Layout
 from components.sharding.units import units
 
-STEPS = 3
+STEPS = 2
 ACCUMULATE = 2
 SMALL = 64  # sums over the ranks, such as the loss, are smaller than any unit
 
@@ -77,7 +77,9 @@ def expected(rates, mesh, **options):
     return counts
 
 
-@pytest.mark.parametrize(("mesh", "deferred"), [((2, 2), False), ((2, 2), True), ((1, 4), False), ((1, 4), True), ((4, 1), False)])
+@pytest.mark.parametrize(
+    ("mesh", "deferred"), [((2, 2), False), ((2, 2), True), slow((1, 4), False), slow((1, 4), True), slow((4, 1), False)]
+)
 def test_gradients_cross_the_groups_once_per_optimizer_step(quartet, mesh, deferred):
     options = {"defer_reduce_scatter": deferred}
     for counts, _ in quartet.run(counted, TOWER_FROZEN, hybrid(*mesh, **options)):
@@ -88,8 +90,8 @@ def test_gradients_cross_the_groups_once_per_optimizer_step(quartet, mesh, defer
     ("rates", "options"),
     [
         (TOWER_FROZEN, {"activation_checkpointing": "full"}),  # the pass that computes again gathers nothing
-        (TOWER_FROZEN, {"reshard_after_forward": False}),
-        (DECODER_FROZEN, {}),
+        slow(TOWER_FROZEN, {"reshard_after_forward": False}),
+        slow(DECODER_FROZEN, {}),
         (DECODER_FROZEN, {"replicate_frozen": True}),
     ],
 )
@@ -98,7 +100,7 @@ def test_what_a_layout_sends(quartet, rates, options):
         assert counts == expected(rates, (2, 2), **options)
 
 
-@pytest.mark.parametrize("reduce_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reduce_dtype", [torch.float32, slow(torch.bfloat16)])
 def test_number_formats(quartet, reduce_dtype):
     strategy = hybrid(2, 2, param_dtype="bfloat16", reduce_dtype=str(reduce_dtype).removeprefix("torch."))
     for _, formats in quartet.run(counted, TOWER_FROZEN, strategy):

@@ -28,7 +28,7 @@ from tiny import (
     weights,
     whole,
 )
-from training_runs import CURVE_RATES, adapted_model, deal, rank_of, twenty_steps
+from training_runs import CURVE_RATES, adapted_model, deal, rank_of, slow, twenty_steps
 
 from callbacks.checkpoint import Checkpoint
 from callbacks.overview import Overview
@@ -70,7 +70,7 @@ def curve_of_one():
     return runs.train(CURVE_RATES, twenty_steps(), clip=0.3)
 
 
-@pytest.mark.parametrize("recomputed", ["full", *(pytest.param(one, marks=pytest.mark.slow) for one in ("none", "selective"))])
+@pytest.mark.parametrize("recomputed", ["full", slow("none"), slow("selective")])
 def test_the_curve_of_one_process(pair, recomputed):
     strategy = fsdp1(1, 2, activation_checkpointing=recomputed)
     for run in pair.run(partial(train, CURVE_RATES, twenty_steps(), strategy=strategy, accumulate=2, clip=0.3)):
@@ -83,7 +83,9 @@ def test_the_curve_of_one_process_on_replicas(quartet):
         assert_the_same(run, curve_of_one())
 
 
-@pytest.mark.parametrize(("rates", "make"), [(ALL, tiny_model), (DECODER_FROZEN, tiny_model), (TOWER_FROZEN, adapted_model)])
+@pytest.mark.parametrize(
+    ("rates", "make"), [slow(ALL, tiny_model), slow(DECODER_FROZEN, tiny_model), (TOWER_FROZEN, adapted_model)]
+)
 def test_frozen_parts_and_adapters(pair, rates, make):
     """Among the steps: a rank without pictures, no picture anywhere, nothing to learn from."""
     expected = runs.train(rates, STEPS, clip=0.3, make=make)
@@ -110,7 +112,7 @@ def reduced_dtypes(reduce_dtype):
         return train(TOWER_FROZEN, STEPS, strategy=strategy, accumulate=2, clip=1.0), dtypes
 
 
-@pytest.mark.parametrize("reduce_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("reduce_dtype", ["float32", slow("bfloat16")])
 def test_bfloat16_computation_with_float32_shards(pair, reduce_dtype):
     expected = runs.train(TOWER_FROZEN, STEPS, clip=1.0).series("train/loss")
     for run, dtypes in pair.run(reduced_dtypes, reduce_dtype):
@@ -201,7 +203,7 @@ class Probe(Callback):
         self.message = str(error.value)
 
 
-@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("param_dtype", [slow("float32"), "bfloat16"])
 def test_the_causality_probe(pair, param_dtype):
     for difference, kept, message in pair.run(probed, param_dtype):
         assert (difference, kept) == (0, True)
@@ -216,13 +218,14 @@ def answers(shares, end):
     return asked.answers
 
 
-@pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.parametrize("asked", [slow("pictures of their own"), "one picture"])
 def test_generation_before_and_after_training_steps(pair, asked):
     first, second = pair.run(answers, ASKED[asked], 2)
     expected = answers_of_one_process("tower_frozen", asked)
     assert [ours + theirs for ours, theirs in zip(first, second, strict=True)] == expected
 
 
+@pytest.mark.slow
 def test_a_rank_whose_answers_end_early_takes_part_until_the_other_is_done(pair):
     shares = [[tiny_document(9)], tiny_documents()[:2]]
     end = int(answers_of_one(None, shares)[0][0].split()[1])

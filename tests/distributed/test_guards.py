@@ -18,7 +18,7 @@ from small_recipe import write_recipe
 from test_command import ROOT, sharded_trainer
 from test_fsdp1 import FSDP1, whole_weights
 from tiny import ALL, TOWER_FROZEN, Prepared, Record, assert_equal, tiny_document, tiny_model, tiny_trainer, weights
-from training_runs import deal, hybrid, rank_of
+from training_runs import deal, hybrid, rank_of, slow
 
 from callbacks.checkpoint import Checkpoint
 from callbacks.guards import Guards, HangMinutes
@@ -37,10 +37,6 @@ STEPS = [
     [tiny_document(6), tiny_document(9), tiny_document(3), tiny_document(10)],  # no picture anywhere
     [tiny_document(5, (1,)), tiny_document(8), tiny_document(11), tiny_document(7, (2,))],
 ]
-
-
-def slow(*arguments):
-    return pytest.param(*arguments, marks=pytest.mark.slow)
 
 
 class On(Callback):

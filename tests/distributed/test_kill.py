@@ -13,6 +13,7 @@ import pytest
 from lightning import Callback
 from pair import fork
 from small_recipe import write_recipe
+from training_runs import slow
 
 from components.run_folder import CHECKPOINTS, complete_checkpoints, visible_checkpoints
 
@@ -82,7 +83,7 @@ def recipe(path: Path, ranks: int, steps: int, accumulate: int = ACCUMULATE, **c
 ADAPTERS = {"decoder": {"init_args": {"lora": {"rank": 2, "alpha": 4.0, "dropout": 0.2}}}}
 
 
-def fit(folder: str, recipe: str, run: str, slow: float, environment: dict[str, str]) -> None:
+def fit(folder: str, recipe: str, run: str, delay: float, environment: dict[str, str]) -> None:
     """`python main.py fit` on this rank."""
     import warnings
 
@@ -97,15 +98,15 @@ def fit(folder: str, recipe: str, run: str, slow: float, environment: dict[str, 
     synchronize = os.fsync
 
     def slowly(descriptor: int) -> None:
-        time.sleep(slow)
+        time.sleep(delay)
         synchronize(descriptor)
 
     os.fsync = slowly
     sys.exit(main.main(["fit", "--config", recipe, "--run", run]))
 
 
-def start(recipe: Path, run: str, ranks: int, slow: float = 0.0, **environment: str) -> list[Any]:
-    return fork(fit, [(str(recipe.parent), str(recipe), run, slow, environment)] * ranks)
+def start(recipe: Path, run: str, ranks: int, delay: float = 0.0, **environment: str) -> list[Any]:
+    return fork(fit, [(str(recipe.parent), str(recipe), run, delay, environment)] * ranks)
 
 
 def finish(processes: list[Any], seconds: float = 300) -> list[int | None]:
@@ -132,7 +133,7 @@ def killed(recipe: Path, run: str, ranks: int, life: Life) -> bool:
     """One life of a run, ended by SIGKILL on all ranks; whether that was in the middle of a save."""
     folder = recipe.parent / "runs" / run
     before, begun = pages(folder), set()
-    processes = start(recipe, run, ranks, slow=SLOW)
+    processes = start(recipe, run, ranks, delay=SLOW)
     until = time.monotonic() + 120
     while all(process.is_alive() for process in processes) and time.monotonic() < until:
         begun |= {path.name for path in (folder / CHECKPOINTS).glob("step_*.unfinished")}
@@ -190,8 +191,10 @@ def prove_killed_run(folder: Path, ranks: int, ends: list[Life], steps: int, **c
     return in_a_save
 
 
-def test_two_killed_processes_continue_to_the_same_bits(tmp_path: Path) -> None:
-    ends = [Life(1, 3 * SLOW), Life(2, 2 * SLOW, victim=1)]
+@pytest.mark.parametrize(
+    "ends", [[Life(2, SLOW, victim=1)], slow([Life(1, 3 * SLOW), Life(2, 2 * SLOW, victim=1)])], ids=["once", "twice"]
+)
+def test_two_killed_processes_continue_to_the_same_bits(tmp_path: Path, ends: list[Life]) -> None:
     assert prove_killed_run(tmp_path, 2, ends, steps=6, model=ADAPTERS) >= 1
 
 

@@ -10,7 +10,7 @@ import training_runs as runs
 from lightning import Callback
 from test_two_processes import STEPS as WITHOUT_TARGETS
 from tiny import ALL, DECODER_FROZEN, Prepared, tiny_batch, tiny_model, tiny_trainer
-from training_runs import CURVE_RATES, adapted_model, hybrid, twenty_steps
+from training_runs import CURVE_RATES, adapted_model, hybrid, slow, twenty_steps
 
 STEPS = twenty_steps()[:4]
 MODELS = {
@@ -20,14 +20,14 @@ MODELS = {
     "adapters": (CURVE_RATES, partial(adapted_model, dropout=0.5)),  # recomputation has to draw the same numbers
 }
 OPTIONS = [
-    ("all trains", {"reshard_after_forward": False}),
-    ("all trains", {"activation_checkpointing": "full"}),
-    ("all trains", {"activation_checkpointing": "selective"}),
+    slow("all trains", {"reshard_after_forward": False}),
+    slow("all trains", {"activation_checkpointing": "full"}),
+    slow("all trains", {"activation_checkpointing": "selective"}),
     ("adapters", {"activation_checkpointing": "full"}),
-    ("adapters", {"activation_checkpointing": "selective"}),
-    ("adapters", {"replicate_frozen": True}),
-    ("tower frozen", {"replicate_frozen": True}),
-    ("decoder frozen", {"replicate_frozen": True}),
+    slow("adapters", {"activation_checkpointing": "selective"}),
+    slow("adapters", {"replicate_frozen": True}),
+    slow("tower frozen", {"replicate_frozen": True}),
+    slow("decoder frozen", {"replicate_frozen": True}),
     ("decoder frozen", {"replicate_frozen": True, "activation_checkpointing": "selective", "reshard_after_forward": False}),
 ]
 
@@ -62,7 +62,7 @@ def test_an_option_changes_no_bit(quartet, trained, options):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "steps"), [((2, 2), STEPS), ((1, 4), STEPS), ((1, 2), WITHOUT_TARGETS), ((2, 1), WITHOUT_TARGETS)]
+    ("mesh", "steps"), [((2, 2), STEPS), slow((1, 4), STEPS), ((1, 2), WITHOUT_TARGETS), slow((2, 1), WITHOUT_TARGETS)]
 )
 def test_deferred_reduction(request, mesh, steps):
     """The micro-batches are added up in another order, so that bits may change. Where a group is one rank, this is always so."""
@@ -101,7 +101,7 @@ def continued(folder, options):
 OTHER = {"replicate_frozen": True, "activation_checkpointing": "full", "reshard_after_forward": False}
 
 
-@pytest.mark.parametrize(("before", "after"), [({}, OTHER), (OTHER, {})])
+@pytest.mark.parametrize(("before", "after"), [({}, OTHER), slow(OTHER, {})])
 def test_a_run_continues_in_another_layout(quartet, tmp_path, before, after):
     """The names in a checkpoint, and what they stand for, do not depend on the layout."""
     folder = str(tmp_path / "state")
@@ -112,11 +112,14 @@ def test_a_run_continues_in_another_layout(quartet, tmp_path, before, after):
         assert_same_weights(run.weights, expected.weights)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("recomputed", ["none", "full"])
-def test_compiled_blocks(pair, recomputed):
-    expected = runs.train(CURVE_RATES, STEPS, clip=0.3)
-    for run, graphs in pair.run(compiled, recomputed, seconds=240):
+@pytest.mark.parametrize(
+    ("recomputed", "backend", "number"), [("none", "eager", 2), slow("none", "aot_eager", 4), slow("full", "aot_eager", 4)]
+)
+def test_compiled_blocks(pair, recomputed, backend, number):
+    """A compiler takes longer than all that it compiles: two steps without a validation in the shortest case."""
+    options = {} if number == len(STEPS) else {"limit_val_batches": 0}
+    expected = runs.train(CURVE_RATES, STEPS[:number], clip=0.3, **options)
+    for run, graphs in pair.run(compiled, recomputed, backend, number, options, seconds=240):
         assert graphs > 0
         for name in ("train/loss", "norm/gradient"):
             assert run.series(name) == pytest.approx(expected.series(name), rel=1e-5), name
@@ -124,7 +127,7 @@ def test_compiled_blocks(pair, recomputed):
         assert run.weights.keys() == expected.weights.keys()
 
 
-def compiled(recomputed):
+def compiled(recomputed, backend, number, options):
     """A run with compiled blocks, by a compiler that needs none of the machine's, and how many graphs it has compiled."""
     from torch._dynamo.utils import counters
 
@@ -132,8 +135,8 @@ def compiled(recomputed):
     counters.clear()
     strategy = hybrid(1, 2, compile_blocks=True, activation_checkpointing=recomputed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-        run = runs.train(CURVE_RATES, STEPS, ranks=2, strategy=strategy, accumulate=2, clip=0.3)
+        patch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+        run = runs.train(CURVE_RATES, STEPS[:number], ranks=2, strategy=strategy, accumulate=2, clip=0.3, **options)
     assert not counters["recompile_limit"]
     return run, counters["stats"]["unique_graphs"]
 

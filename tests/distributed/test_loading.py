@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from starts import ADAPTED, EXPERTS, FSDP, HYBRID, TIED, UNEVEN, first_stage, model_of, release, started, write_stage
 from tiny import DECODER_FROZEN, TOWER, whole
 from torch.distributed.tensor import DTensor
-from training_runs import hybrid
+from training_runs import hybrid, slow
 
 from components.checkpoint_files import checkpoint_weights
 from components.named_tensors import SafetensorsFiles
@@ -103,8 +103,11 @@ def test_a_rank_reads_what_it_holds(pair, tmp_path):
 # --- later stages
 
 
-@pytest.mark.parametrize("lora", [None, ADAPTED], ids=["plain", "adapters to be merged"])
-@pytest.mark.parametrize("kind", ["whole", "sharded"])
+@pytest.mark.parametrize(
+    ("kind", "lora"),
+    [("whole", None), slow("whole", ADAPTED), slow("sharded", None), ("sharded", ADAPTED)],
+    ids=["whole-plain", "whole-adapters to be merged", "sharded-plain", "sharded-adapters to be merged"],
+)
 def test_a_second_stage(kind, lora, pair, tmp_path):
     write_stage(tmp_path, lora)
     arguments = {"config": UNEVEN, "lora": lora}
@@ -121,7 +124,7 @@ def test_a_second_stage(kind, lora, pair, tmp_path):
             assert found == []
 
 
-@pytest.mark.parametrize("lora", [None, ADAPTED], ids=["plain", "adapters"])
+@pytest.mark.parametrize("lora", [slow(None), ADAPTED], ids=["plain", "adapters"])
 def test_a_released_llava_model(lora, pair, tmp_path):
     """Whose queries, keys and values of the tower are put together of three tensors."""
     folder = hugging_face_folder(tmp_path / "released")
@@ -147,7 +150,7 @@ def rounded(arguments):
     return found
 
 
-@pytest.mark.parametrize("config", [UNEVEN, TIED], ids=["plain", "tied"])
+@pytest.mark.parametrize("config", [slow(UNEVEN), TIED], ids=["plain", "tied"])
 def test_frozen_parts_are_read_whole_and_rounded(config, pair, tmp_path):
     arguments = release(tmp_path, config) | {"rates": DECODER_FROZEN}
     for found in pair.run(rounded, arguments):

@@ -10,7 +10,7 @@ from lightning import Callback
 from safetensors.torch import load_file, save_file
 from starts import ADAPTED, FSDP, HYBRID, TIED, UNEVEN, first_stage, model_of, release, started, write_stage
 from tiny import ALL, Prepared, tiny_batch, tiny_trainer, whole
-from training_runs import rank_of
+from training_runs import rank_of, slow
 
 from callbacks.checkpoint import Checkpoint
 from components import checkpoint_files
@@ -101,7 +101,7 @@ def continued(folder, arguments, state=None):
     return {name: whole(tensor) for name, tensor in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("lora", [None, ADAPTED], ids=["plain", "adapters"])
+@pytest.mark.parametrize("lora", [slow(None), ADAPTED], ids=["plain", "adapters"])
 def test_a_sharded_run_continues_without_the_files_it_started_from(lora, pair, tmp_path):
     (tmp_path / RECIPE).write_text("model: tiny\n")
     arguments = release(tmp_path, TIED) | {"lora": lora, "rates": ALL}

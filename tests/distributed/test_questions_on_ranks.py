@@ -25,6 +25,7 @@ from tiny import (
     tiny_trainer,
     weights,
 )
+from training_runs import slow
 
 from callbacks.checkpoint import Checkpoint
 from callbacks.validation import Validation
@@ -121,7 +122,7 @@ def asked(strategy, benchmarks):
     return asking.kept
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ["fsdp", slow("hybrid"), slow("ddp")])
 def test_any_number_of_questions(pair, strategy):
     benchmarks = [Noise(count) for count in COUNTS] + [Noise(2, pictured=2), Noise(2, pictured=1), Noise(5, pictured=9)]
     expected = asked("one process", benchmarks)

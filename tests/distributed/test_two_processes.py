@@ -28,7 +28,7 @@ from tiny import (
     weights,
 )
 from torch.distributed.tensor import DTensor
-from training_runs import adapted_model, deal
+from training_runs import adapted_model, deal, slow
 
 from callbacks.checkpoint import Checkpoint
 from callbacks.overview import Overview
@@ -72,15 +72,17 @@ def of_one_process(rates, clip, make=tiny_model):
     return train(RATES[rates], 1, None, 1, clip, make=make)
 
 
-PLAIN_OR_NOT = [  # a frozen part is trained around in either way
-    *(("all", *options) for options in ((1, None), (2, 0.3))),
-    *(pytest.param(rates, 1, None, marks=pytest.mark.slow) for rates in RATES if rates != "all"),
-    *((rates, 2, 0.3) for rates in RATES if rates != "all"),
-]
+OFTEN = {  # each strategy, each kind of frozen part, with accumulation and clipping and without
+    ("ddp", "all", 2, 0.3),
+    ("ddp", "tower_frozen", 2, 0.3),
+    ("fsdp", "all", 2, 0.3),
+    ("fsdp", "decoder_frozen", 2, 0.3),
+    ("hybrid", "all", 1, None),
+}
+CASES = [(strategy, rates, *options) for rates in RATES for options in ((1, None), (2, 0.3)) for strategy in STRATEGIES]
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize(("rates", "accumulate", "clip"), PLAIN_OR_NOT)
+@pytest.mark.parametrize(("strategy", "rates", "accumulate", "clip"), [case if case in OFTEN else slow(*case) for case in CASES])
 def test_two_processes_equal_one(pair, strategy, rates, accumulate, clip):
     expected, their_steps, their_losses = of_one_process(rates, clip)
     results = pair.run(train, RATES[rates], 2, STRATEGIES[strategy], accumulate, clip)
@@ -92,7 +94,7 @@ def test_two_processes_equal_one(pair, strategy, rates, accumulate, clip):
     assert set(their_losses) == {"val/loss/other"}
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", slow("hybrid")])
 def test_two_processes_with_adapters_equal_one(pair, strategy):
     expected, their_steps, their_losses = of_one_process("tower_frozen", 0.3, adapted_model)
     arguments = (TOWER_FROZEN, 2, STRATEGIES[strategy], 2, 0.3, (), adapted_model)
@@ -137,7 +139,12 @@ def probed(strategy, param_dtype):
 
 @pytest.mark.parametrize(
     ("strategy", "param_dtype"),
-    [("ddp", "float32"), *((name, dtype) for name in ("fsdp", "hybrid") for dtype in ("float32", "bfloat16"))],
+    [
+        ("ddp", "float32"),
+        ("fsdp", "bfloat16"),
+        slow("fsdp", "float32"),
+        *(slow("hybrid", dtype) for dtype in ("float32", "bfloat16")),
+    ],
 )
 def test_the_causality_probe(pair, strategy, param_dtype):
     for difference, kept, sharded, message in pair.run(probed, STRATEGIES[strategy], param_dtype):
@@ -168,17 +175,27 @@ def resumed_run(folder, state):
     return weights(model)
 
 
-def test_sharded_checkpoint_loads_into_a_whole_model_and_resumes(pair, tmp_path):
-    (tmp_path / RECIPE).write_text("model: tiny\n")
-    expected = pair.run(sharded_run, str(tmp_path), FSDP)[0]
-    last = checkpoint_folder(tmp_path, len(STEPS))
+@pytest.fixture(scope="module")
+def saved(pair, tmp_path_factory):
+    """A run folder with the checkpoints of a sharded run, and the weights that the run ended with."""
+    return saved_by(pair, tmp_path_factory.mktemp("saved"), FSDP)
+
+
+def saved_by(pair, folder, strategy):
+    (folder / RECIPE).write_text("model: tiny\n")
+    return folder, pair.run(sharded_run, str(folder), strategy)[0]
+
+
+def test_sharded_checkpoint_loads_into_a_whole_model_and_resumes(pair, saved):
+    folder, expected = saved
+    last = checkpoint_folder(folder, len(STEPS))
     assert (last / "state").is_dir()
     model = built_model()
     load_weights(model, last, "--ckpt")
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(model).items())
 
-    halfway = checkpoint_folder(tmp_path, 2) / "state"
-    for resumed in pair.run(resumed_run, str(tmp_path), str(halfway)):
+    halfway = checkpoint_folder(folder, 2) / "state"
+    for resumed in pair.run(resumed_run, str(folder), str(halfway)):
         assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.items())
 
 
@@ -198,11 +215,10 @@ class Weights(Callback):
         self.weights = weights(pl_module)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_second_stage_starts_from_the_weights_of_the_first(pair, tmp_path, strategy):
-    (tmp_path / RECIPE).write_text("model: tiny\n")
-    expected = pair.run(sharded_run, str(tmp_path), STRATEGIES[strategy])[0]
-    for start in pair.run(second_stage, str(tmp_path)):
+@pytest.mark.parametrize("strategy", [slow("ddp"), "fsdp"])
+def test_second_stage_starts_from_the_weights_of_the_first(pair, saved, tmp_path, strategy):
+    folder, expected = saved if strategy == "fsdp" else saved_by(pair, tmp_path, STRATEGIES[strategy])
+    for start in pair.run(second_stage, str(folder)):
         assert all(torch.equal(tensor, expected[name]) for name, tensor in start.items())
 
 
@@ -249,15 +265,26 @@ def answers_of_one_process(rates, asked):
     return answers(None, ASKED[asked], rates=RATES[rates])
 
 
-@pytest.mark.parametrize("strategy", [FSDP, HYBRID, WHOLE])
-@pytest.mark.parametrize("rates", ["tower_frozen", "decoder_frozen"])
-@pytest.mark.parametrize("asked", ASKED)
+FIRST, SECOND = ASKED
+GENERATIONS = [
+    (FSDP, "tower_frozen", FIRST),
+    (HYBRID, "tower_frozen", SECOND),
+    (WHOLE, "decoder_frozen", FIRST),
+    slow(FSDP, "tower_frozen", SECOND),
+    slow(HYBRID, "tower_frozen", FIRST),
+    slow(WHOLE, "decoder_frozen", SECOND),
+    *(slow(WHOLE, "tower_frozen", asked) for asked in ASKED),
+    *(slow(strategy, "decoder_frozen", asked) for strategy in (FSDP, HYBRID) for asked in ASKED),
+]
+
+
+@pytest.mark.parametrize(("strategy", "rates", "asked"), GENERATIONS)
 def test_generation_before_and_after_training_steps(pair, strategy, rates, asked):
     first, second = pair.run(answers, strategy, ASKED[asked], 2, RATES[rates])
     assert [ours + theirs for ours, theirs in zip(first, second, strict=True)] == answers_of_one_process(rates, asked)
 
 
-EARLY = [(0, FSDP, "tower_frozen"), (1, FSDP, "tower_frozen"), (0, WHOLE, "decoder_frozen")]
+EARLY = [(0, FSDP, "tower_frozen"), slow(1, FSDP, "tower_frozen"), slow(0, WHOLE, "decoder_frozen")]
 
 
 @pytest.mark.parametrize(("early", "strategy", "rates"), EARLY)

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from lightning import Callback
 from lightning.pytorch.strategies import Strategy
@@ -16,6 +17,12 @@ from components.decoder import HuggingFaceDecoder, LoRA
 from components.sharding import HybridSharding
 from components.tokenizer import WordTokenizer
 from components.vlm import LearningRates
+
+
+def slow(*arguments: Any) -> Any:
+    """Arguments of a case that shows what others show too."""
+    return pytest.param(*arguments, marks=pytest.mark.slow)
+
 
 Steps = Sequence[Sequence[Document]]
 """The documents of every optimizer step, in the order in which ranks and micro-batches get them."""
