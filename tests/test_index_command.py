@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +19,23 @@ from tests.components.plan.test_render import Reader
 from tests.components.shards.serving import serving
 
 
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
     """Three shards, of which one lacks a caption and has a hole of zeros."""
+    place = tmp_path_factory.mktemp("shards")
+    write_shards(place)
+    content = bytearray((place / "00001.tar").read_bytes())
+    content[20_480:22_528] = bytes(2048)
+    (place / "00001.tar").write_bytes(content)
+    return place
+
+
+@pytest.fixture(autouse=True)
+def folder(shards, tmp_path, monkeypatch):
+    """A folder with shards of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    write_shards(Path("shards"))
-    content = bytearray(Path("shards/00001.tar").read_bytes())
-    content[20_480:22_528] = bytes(2048)
-    Path("shards/00001.tar").write_bytes(content)
+    shutil.copytree(shards, "shards")
     return tmp_path
 
 

@@ -14,6 +14,7 @@ import main
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = ["fit", "--config", f"{ROOT}/recipes/quickstart.yaml"]
+QUICK = "--validation.num_pictures 2 --data.num_workers 0"
 HEADLINES = {"gqa": "accuracy", "mme": "perception", "vizwiz": "accuracy", "pope": "f1"}
 RISES = ("gqa", "mme", "vizwiz")
 """From the first step on; to POPE's rules everything that is not a no is a yes, so that a model that babbles has an F1 of 0.67."""
@@ -56,19 +57,19 @@ def test_scores_of_official_layouts_rise(
     """The start of the quickstart, in small batches: it learns to say words of the right kind, then the commonest of them."""
     monkeypatch.chdir(tmp_path)
     validation = write_all(tmp_path, gqa=12, mme=1, vizwiz=30, pope=3)
-    short = "--max_steps 40 --warmup.fraction 0.1 --validation.every_n_steps 40 --validation.at_start true --run short"
-    short += " --data.global_batch_size 16 --validation.max_new_tokens 4"
+    short = "--max_steps 30 --warmup.fraction 0.1 --validation.every_n_steps 30 --validation.at_start true --run short"
+    short += f" --data.global_batch_size 8 --validation.max_new_tokens 4 {QUICK}"
     assert main.main([*QUICKSTART, "--validation", str(validation), *short.split()]) == 0
     run = tmp_path / "runs/short"
     for name, headline in HEADLINES.items():
         scores = series(run, f"{name}/{headline}")
-        assert [step for step, _ in scores] == [0, 40]
+        assert [step for step, _ in scores] == [0, 30]
         assert name not in RISES or scores[1][1] > scores[0][1], name
-        assert series(run, f"{name}/count")[1][1] == record(run, f"{name}_step_40")["metrics"]["count"]
+        assert series(run, f"{name}/count")[1][1] == record(run, f"{name}_step_30")["metrics"]["count"]
     shown = capsys.readouterr().out
-    assert "gqa at step 40: GQA testdev_balanced\n" in shown
+    assert "gqa at step 30: GQA testdev_balanced\n" in shown
     assert "consistency is not available: " in shown
-    kept = record(run, "mme_step_40")
+    kept = record(run, "mme_step_30")
     assert (kept["prompt"], kept["partial"], kept["metrics"]["count"]) == ("{question}", False, 28.0)
 
     recipe = (run / "recipe.yaml").read_bytes()
@@ -76,7 +77,7 @@ def test_scores_of_official_layouts_rise(
     assert (kept["decoding"]["max_new_tokens"], kept["template"]) == (4, "brief")
 
     # the same answers, scored without the model, and the difference between two steps
-    answers = [f"runs/short/validation/mme_step_{step}.jsonl" for step in (0, 40)]
+    answers = [f"runs/short/validation/mme_step_{step}.jsonl" for step in (0, 30)]
     options = ["--benchmark.folder", str(tmp_path / "mme"), "--benchmark.prompt", "{question}"]
     score = ["score", "--benchmark", "components.benchmarks.MME", *options, "--answers"]
     assert main.main([*score, answers[1]]) == 0
@@ -88,8 +89,8 @@ def test_scores_of_official_layouts_rise(
 def test_a_limit_draws_mme_by_picture_and_is_called_partial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     validation = write_all(tmp_path, gqa=12, mme=3, vizwiz=40, pope=8)
-    short = "--max_steps 2 --warmup.fraction 0 --validation.limit 30 --validation.max_new_tokens 2 --run short".split()
-    assert main.main([*QUICKSTART, "--validation", str(validation), *short]) == 0
+    short = f"--max_steps 2 --warmup.fraction 0 --validation.limit 30 --validation.max_new_tokens 2 --run short {QUICK}"
+    assert main.main([*QUICKSTART, "--validation", str(validation), *short.split()]) == 0
     rows = [json.loads(line) for line in Path("runs/short/validation/mme_partial_step_2.jsonl").read_text().splitlines()]
     assert len(rows) == 30
     images = [row["images"][0] for row in rows]

@@ -27,6 +27,7 @@ def test_training_with_and_without_validation(tmp_path: Path, monkeypatch: pytes
         "trainer": {"callbacks": [{"class_path": "small_recipe.Diary"}], "accumulate_grad_batches": 2},
     }
     asking = {"benchmarks": {"shapes": SHAPES}, "every_n_steps": 1, "at_start": True, "shuffled_pictures": True}
+    asking |= {"max_new_tokens": 4, "num_pictures": 2}
     assert fit(write_recipe(tmp_path / "without.yaml", **shared)) == 0
     monitored = {"validation": asking, "checkpoint": {"every_n_steps": 2, "monitor": "shapes/accuracy"}}
     assert fit(write_recipe(tmp_path / "with.yaml", **shared, **monitored)) == 0
