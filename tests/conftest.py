@@ -9,9 +9,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # test files run side by side: each on 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
 
-from jaxtyping import install_import_hook
+import type_checks
 
-install_import_hook(["components", "callbacks"], "beartype.beartype")
+type_checks.install(["components", "callbacks"])
 
 import pytest
 
