@@ -3,6 +3,7 @@
 The bounds are those that `components.images.square` states.
 """
 
+import functools
 import io
 import sys
 from pathlib import Path
@@ -18,6 +19,16 @@ from tests.natural_pictures import crop, jpegs, texture
 MODES = ("pad", "crop", "squash")
 
 
+@functools.cache
+def field(side: int) -> np.ndarray:
+    return texture(np.random.default_rng(0), side)
+
+
+@functools.cache
+def natural() -> list[bytes]:
+    return [*jpegs(8, (300, 500)), *jpegs(8, (20, 300), seed=1), *jpegs(2, (700, 1000), seed=2)]
+
+
 def difference(data: bytes, size: int, mode: str, decoding: str = "llava") -> tuple[float, int]:
     """Mean and maximum of the absolute difference between the paths, in levels of 255."""
     exact, fast = (square(data, size, mode, CLIP_MEAN, decoding, fast).astype(int) for fast in (False, True))
@@ -27,7 +38,7 @@ def difference(data: bytes, size: int, mode: str, decoding: str = "llava") -> tu
 
 @pytest.mark.parametrize("mode", MODES)
 def test_natural_pictures_differ_by_rounding(mode: str) -> None:
-    for data in [*jpegs(8, (300, 500)), *jpegs(8, (20, 300), seed=1), *jpegs(2, (700, 1000), seed=2)]:
+    for data in natural():
         mean, most = difference(data, 336, mode)
         assert mean < 0.2, Image.open(io.BytesIO(data)).size
         assert most <= 3
@@ -48,7 +59,7 @@ def test_real_pictures_differ_by_rounding(mode: str, realdata: Path) -> None:
 def test_large_pictures_are_decoded_smaller_and_differ_by_little(mode: str) -> None:
     random = np.random.default_rng(0)
     for size in ((512, 768), (768, 512), (640, 640), (400, 600), (601, 403)):
-        data = encoded(crop(texture(random), *size, random), "JPEG", quality=90)
+        data = encoded(crop(field(1024), *size, random), "JPEG", quality=90)
         mean, most = difference(data, 84, mode)
         assert (mean > 0.05) == (size != (601, 403))  # odd sides are decoded whole, or the picture would be shifted
         assert mean < 1
@@ -62,7 +73,7 @@ def test_orientation_is_applied_upright_only(orientation: int, mode: str) -> Non
     exif = Image.Exif()
     exif[0x0112] = orientation
     for width, height, most_expected in ((61, 90, 3), (180, 121, 3), (504, 400, 8)):
-        data = encoded(crop(texture(random, 512), width, height, random), "JPEG", quality=90, exif=exif)
+        data = encoded(crop(field(512), width, height, random), "JPEG", quality=90, exif=exif)
         for decoding in ("llava", "upright"):
             mean, most = difference(data, 84, mode, decoding)
             assert mean < 1
@@ -76,7 +87,7 @@ def test_orientation_is_applied_upright_only(orientation: int, mode: str) -> Non
 def test_every_shape_and_gray(size: tuple[int, int], mode: str) -> None:
     random = np.random.default_rng(0)
     for kind in ("RGB", "L"):
-        picture = crop(texture(random, 1024), *size, random).convert(kind)
+        picture = crop(field(1024), *size, random).convert(kind)
         mean, _ = difference(encoded(picture, "JPEG", quality=95), 28, mode)
         assert mean < 2
     pixels = square(encoded(noise(*size), "JPEG"), 28, mode, CLIP_MEAN, fast=True)
@@ -119,10 +130,10 @@ def outcome(data: bytes, fast: bool) -> str:
 
 
 def test_damage_is_refused_at_least_as_often(capfd: pytest.CaptureFixture[str]) -> None:
-    """Cut off, bits flipped, a block zeroed: 3 x 300 pictures, none refused by the exact path alone."""
+    """Cut off, bits flipped, a block zeroed: 3 x 100 pictures, none refused by the exact path alone."""
     random = np.random.default_rng(0)
     refused = {"cut off": 0, "flipped": 0, "zeroed": 0}
-    for data in jpegs(30, (40, 120), seed=4):
+    for data in jpegs(10, (40, 120), seed=4):
         for _ in range(10):
             at, bit = int(random.integers(1, len(data) - 40)), 1 << int(random.integers(8))
             for how, damaged in {
@@ -133,8 +144,8 @@ def test_damage_is_refused_at_least_as_often(capfd: pytest.CaptureFixture[str]) 
                 exact, fast = outcome(damaged, fast=False), outcome(damaged, fast=True)
                 assert fast or not exact, f"{how} at {at}: {exact}"
                 refused[how] += bool(fast)
-    assert refused["cut off"] == 300
-    assert 0 < refused["flipped"] < 300 and 0 < refused["zeroed"] < 300
+    assert refused["cut off"] == 100
+    assert 0 < refused["flipped"] < 100 and 0 < refused["zeroed"] < 100
     capfd.readouterr()  # libjpeg warns on stderr
 
 
