@@ -1,6 +1,7 @@
-"""The processes that the tests share: to start them, and to run anything on them for the first time, takes longer than most tests.
+"""The processes that the tests of a file share: to start them takes longer than most tests.
 
-Their process groups end with each file, since every group that a test leaves behind has threads that go on looking for messages.
+They end with the file, since every process group that a test leaves behind has threads that go on looking for messages. To end
+the groups alone would not do: what DTensor remembers of operators names groups, and names are given again.
 """
 
 from collections.abc import Iterator
@@ -10,26 +11,14 @@ from pair import Processes
 
 
 @pytest.fixture(scope="module")
-def pair(_pair: Processes) -> Iterator[Processes]:
+def pair() -> Iterator[Processes]:
     """Two processes, started by the first test that runs something on them."""
-    yield _pair
-    _pair.leave_groups()
-
-
-@pytest.fixture(scope="module")
-def quartet(_quartet: Processes) -> Iterator[Processes]:
-    """Four of them."""
-    yield _quartet
-    _quartet.leave_groups()
-
-
-@pytest.fixture(scope="session")
-def _pair() -> Iterator[Processes]:
     yield from _shared(2)
 
 
-@pytest.fixture(scope="session")
-def _quartet() -> Iterator[Processes]:
+@pytest.fixture(scope="module")
+def quartet() -> Iterator[Processes]:
+    """Four of them."""
     yield from _shared(4)
 
 

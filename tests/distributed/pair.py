@@ -53,11 +53,6 @@ class Processes:
             raise AssertionError("\n".join(str(result) for succeeded, result in results if not succeeded))
         return [result for _, result in results]
 
-    def leave_groups(self) -> None:
-        """End the process groups that functions have left behind: each has threads that go on looking for messages."""
-        if self.processes:
-            self.run(_leave_groups, _free_port())
-
     def close(self) -> None:
         for process in self.processes:
             process.kill()
@@ -76,8 +71,10 @@ def fork(target: Callable, arguments: list[tuple]) -> list[Any]:
     """The processes of a run, one for each tuple of arguments, on their way through `target`."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    port = _free_port()
-    places = [{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": str(rank)} for rank in range(len(arguments))]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    places = [{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)} for rank in range(len(arguments))]
     processes = [
         context.Process(target=_at_place, args=(place, target, each), daemon=True)
         for place, each in zip(places, arguments, strict=True)
@@ -87,21 +84,6 @@ def fork(target: Callable, arguments: list[tuple]) -> list[Any]:
         for process in processes:
             process.start()
     return processes
-
-
-def _free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
-
-
-def _leave_groups(port: str) -> None:
-    import torch
-
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    gc.collect()  # models refer to groups in circles
-    os.environ["MASTER_PORT"] = port  # that of the next group: the old one may be in use for a while
 
 
 def _at_place(place: dict[str, str], target: Callable, arguments: tuple) -> None:
