@@ -48,12 +48,17 @@ def train(accumulate, rates, **options):
     return weights(model), record, seen.steps
 
 
-@pytest.mark.parametrize("clip", [None, 0.3])
-@pytest.mark.parametrize("rates", [ALL, TOWER_FROZEN, DECODER_FROZEN], ids=["all", "tower_frozen", "decoder_frozen"])
-@pytest.mark.parametrize("accumulate", [4, 2])
+RATES = {"all": ALL, "tower_frozen": TOWER_FROZEN, "decoder_frozen": DECODER_FROZEN}
+CASES = [(accumulate, rates, clip) for clip in (None, 0.3) for rates in RATES for accumulate in (4, 2)]
+QUICK = [(4, "all", None), (4, "all", 0.3), (4, "tower_frozen", 0.3), (2, "decoder_frozen", 0.3)]
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "rates", "clip"), [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
+)
 def test_accumulated_equals_one_micro_batch(accumulate, rates, clip):
-    expected, reference, their_gradients = train(1, rates, gradient_clip_val=clip)
-    ours, record, our_gradients = train(accumulate, rates, gradient_clip_val=clip)
+    expected, reference, their_gradients = train(1, RATES[rates], gradient_clip_val=clip)
+    ours, record, our_gradients = train(accumulate, RATES[rates], gradient_clip_val=clip)
     assert record.series("train/loss") == pytest.approx(reference.series("train/loss"), rel=1e-5)
     assert record.series("norm/gradient") == pytest.approx(reference.series("norm/gradient"), rel=1e-5)
     assert_equal(our_gradients[0], their_gradients[0], 1e-5)

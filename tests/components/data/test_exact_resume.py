@@ -92,7 +92,7 @@ def test_two_ranks_then_one_then_four(tmp_path: Path) -> None:
     assert [step for life in lives for step in case.steps_of(tmp_path, *life)] == whole
 
 
-@pytest.mark.parametrize("number", range(24, 44))
+@pytest.mark.parametrize("number", [*range(24, 31), *(pytest.param(number, marks=pytest.mark.slow) for number in range(31, 44))])
 def test_every_epoch_of_every_source_is_dealt_exactly_once(number: int, tmp_path: Path) -> None:
     """To any ranks and micro-batches: a source that has been drawn d times has given each sample d // n or d // n + 1 times."""
     case = Case(number)

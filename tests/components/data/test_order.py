@@ -89,8 +89,10 @@ def test_the_seed_decides_the_order_and_what_is_random_in_samples() -> None:
 
 
 def cases(count: int) -> list[np.random.Generator]:
-    """Sources of randomness for properties, one a case: the number of a case that fails is in pytest's output."""
-    return [np.random.default_rng([2026, number]) for number in range(count)]
+    """Sources of randomness for properties, one a case: the number of a case that fails is in pytest's output. A third is quick."""
+    randoms = [np.random.default_rng([2026, number]) for number in range(count)]
+    quick = -(-count // 3)
+    return [*randoms[:quick], *(pytest.param(random, marks=pytest.mark.slow) for random in randoms[quick:])]
 
 
 def some_mixture(random: np.random.Generator, largest: int = 40) -> Mixture:

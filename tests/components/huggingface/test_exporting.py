@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,18 @@ def one_process(monkeypatch):
     monkeypatch.setattr(certificate, "_run", run)
 
 
+@pytest.fixture
+def one_process_as_main(monkeypatch):
+    """The same, by what `python -m` runs."""
+
+    def run(half, folder):
+        monkeypatch.setattr(sys, "argv", [proof.__file__, half, str(folder)])
+        runpy.run_path(proof.__file__, run_name="__main__")
+        return json.loads((folder / f"{half}.json").read_text())
+
+    monkeypatch.setattr(certificate, "_run", run)
+
+
 @pytest.mark.usefixtures("one_process")
 def test_import_and_export_return_the_same_tensors(tmp_path):
     """Bit for bit and name for name, the tower's last block and the rows for pictures included."""
@@ -79,6 +92,7 @@ def trained(tmp_path_factory):
     return folder / "runs" / "small"
 
 
+@pytest.mark.usefixtures("one_process_as_main")
 def test_transformers_answers_as_ask_does(trained, tmp_path, capsys):
     """With the code that the README shows, through the exported processor and chat template alone."""
     Image.new("RGB", (40, 25), (220, 40, 40)).save("red.png")
@@ -174,6 +188,29 @@ def test_what_is_not_a_number_is_unlike(tmp_path):
     result = {"loading": {}, "answers": [], "image_token_id": 0, "two_in_a_batch": [], "causality": 0.0}
     checks = {check["what"]: check["equal"] for check in certificate._compare(tmp_path, [], result, result)}
     assert checks["features"] and checks["pixels"] and not checks["logits"]
+
+
+HALF = """
+import json, os, sys
+from pathlib import Path
+half, folder = sys.argv[1], Path(sys.argv[2])
+if not (folder / "job.json").exists():
+    sys.exit("there is no job")
+(folder / f"{half}.json").write_text(json.dumps({"half": half, "process": os.getpid()}))
+"""
+
+
+def test_the_halves_are_processes_of_their_own(tmp_path, monkeypatch):
+    """Of a module of the name that stands in `proof`, wherever the search path of this process has it."""
+    (tmp_path / "half.py").write_text(HALF)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(proof, "__name__", "half")
+    with pytest.raises(RecipeError, match="its half 'ours' ended with: there is no job"):
+        certificate._run("ours", tmp_path)
+    (tmp_path / proof.JOB).write_text("{}")
+    ran = [certificate._run(half, tmp_path) for half in ("ours", "theirs")]
+    assert [one["half"] for one in ran] == ["ours", "theirs"]
+    assert len({os.getpid(), *(one["process"] for one in ran)}) == 3
 
 
 def test_an_export_that_breaks_leaves_nothing(trained, monkeypatch, capsys):
