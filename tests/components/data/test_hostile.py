@@ -15,7 +15,7 @@ from PIL import Image
 from components.data import LlavaConversations
 from components.data.sources.folder import Folder
 from components.errors import BadSample, RecipeError
-from tests.components.data.small_data import opened
+from tests.components.data.small_data import end_workers, opened
 from tests.components.test_images import encoded, noise, png_chunk, png_header, text_bomb
 from tests.natural_pictures import jpegs
 
@@ -156,6 +156,7 @@ def test_all_of_it_through_one_worker(fast: bool, folder: Path, write: Callable,
         assert pixels["turned"][2, 12, 8] > 200  # blue below
         if number == 1:
             assert status(worker.pid, "VmHWM") - shared < BOUND
+    end_workers(batches)
     entries = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
     assert len(entries) == len(reasons)
     for name, reason in reasons.items():

@@ -20,7 +20,7 @@ from components.images import decode, square, to_square
 from components.shapes_world import WORDS
 from components.tokenizer import WordTokenizer
 from components.turns import Turn
-from tests.components.data.small_data import LAYOUT, TOKENIZER, opened, shapes
+from tests.components.data.small_data import LAYOUT, TOKENIZER, end_workers, opened, shapes
 from tests.components.small_tokenizers import chat_tokenizer
 from tests.natural_pictures import jpegs
 
@@ -203,7 +203,11 @@ REASONS = {
 
 
 def transferred(data: InstructionData) -> list[Batch]:
-    return [data.on_before_batch_transfer(batch, 0) for batch in data.train_dataloader()]
+    batches = iter(data.train_dataloader())
+    try:
+        return [data.on_before_batch_transfer(batch, 0) for batch in batches]
+    finally:
+        end_workers(batches)
 
 
 @pytest.mark.parametrize(("how", "workers"), [*((how, 0) for how in REASONS), ("damaged", 1)])
