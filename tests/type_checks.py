@@ -46,4 +46,5 @@ def _checked(decorated: Any = None, *, typechecker: Callable) -> Any:
 
 
 def _may_be_shape(annotation: Any) -> bool:
-    return isinstance(annotation, str) or "jaxtyping." in repr(annotation)
+    """Whether it is one, or holds one, or a text that could be one."""
+    return any(sign in repr(annotation) for sign in ("jaxtyping.", "'", '"'))

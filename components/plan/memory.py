@@ -3,7 +3,7 @@
 Static parts are exact. Activations are what autograd saves of the layers as they are: transformers' LLaMA block, whose RMSNorm
 keeps fp32 copies unless the block is compiled, and open_clip's vision block; other architectures are taken for these. Nearly all
 of it is there when backward begins: the gradients of the step before are freed only then. Units in flight and gradients on their
-way peak at other moments, so that the sum is a bound.
+way peak at other moments, and are part of the sum all the same.
 """
 
 from dataclasses import dataclass, fields

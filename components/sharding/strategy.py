@@ -31,12 +31,12 @@ class HybridSharding(ModelParallelStrategy):
         replicas: Groups that hold the whole model each, >= 1; the number of nodes, or 1 to shard over all ranks.
         shards: Ranks that one copy of the model is spread over, >= 1; the GPUs of a node, or all ranks.
         param_dtype: Dtype of the computation. The shards themselves, and the optimizer state, stay float32.
-        reduce_dtype: Dtype in which gradients are reduced.
+        reduce_dtype: Dtype in which gradients are reduced, and in which they wait where their reduction is put off.
         reshard_after_forward: Whether the gathered parameters of a block are freed after its forward pass and gathered again for
             its backward pass. false saves a quarter of the traffic and holds the whole model, in `param_dtype`, on every rank.
         defer_reduce_scatter: Whether the gradients of all micro-batches of an optimizer step are reduced at once, with the last.
             Until then every rank holds the gradients of the whole model, in `reduce_dtype`. false: they are reduced within each
-            group after every micro-batch, and across groups with the last.
+            group after every micro-batch, and across groups with the last. Where shards is 1 a rank holds them whole anyway.
         activation_checkpointing: What the backward pass computes again, in the blocks that it goes through. `none`: nothing.
             `selective`: all but the results of matrix products and of attention. `full`: all but the input of a block.
         compile_blocks: Whether torch.compile compiles the blocks that a backward pass goes through. It decides for itself what else
@@ -103,12 +103,10 @@ class HybridSharding(ModelParallelStrategy):
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """Around every micro-batch of an optimizer step but the last: gradients cross the groups once per step.
-
-        Where a group is one rank its gradients are whole in any case, and what has been added up is copied once.
-        """
+        """Around every micro-batch of an optimizer step but the last: gradients cross the groups once per step."""
         model: Any = self.model
-        waits = self.layout.defer_reduce_scatter or self.layout.shards == 1
+        # without a group to send them to, gradients wait in float32 where they were computed, and are copied once
+        waits = self.layout.defer_reduce_scatter or _keeps_gradients(self.layout)
         exchange = model.set_requires_gradient_sync if waits else model.set_requires_all_reduce
         exchange(False)
         try:
@@ -159,26 +157,34 @@ def shard(model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, layout: L
         unit.module.register_forward_hook(_own_memory)
         sharded = fully_shard(unit.module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, ignored_params=whole)
         sharded.set_unshard_in_backward(unit.gradients_flow)
-        if layout.shards == 1:
+        if _keeps_gradients(layout):
             sharded.set_custom_reduce_scatter(Alone())  # type: ignore[arg-type]  # its base class is private
     register_fsdp_forward_method(model, "generate")  # the steps call forward
+
+
+def _keeps_gradients(layout: Layout) -> bool:
+    """Whether a rank's gradients need no place of their own for being reduced; in bfloat16 they are added up better elsewhere."""
+    return layout.shards == 1 and layout.reduce_dtype == "float32"
 
 
 class Alone:
     """Memory for the gradients of a unit that one rank holds whole: what FSDP2 would copy to itself stays where it is.
 
     Source: the `ReduceScatter` of `FSDPModule.set_custom_reduce_scatter`. For a group of one rank FSDP2 asks it for an input and
-    for an output and copies one to the other, on a stream whose memory no other tensor can use afterwards.
+    then, on a stream of its own, for an output, and copies one to the other. That stream's memory is lost to all other tensors.
     """
 
     def __init__(self) -> None:
         self._given: torch.Tensor | None = None
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """The input, and then the same tensor as output."""
+        """The input; and the same tensor as output."""
         given, self._given = self._given, None
-        if given is None:
-            given = self._given = torch.empty(*size, dtype=dtype, device=device)
+        if given is None or given.shape != tuple(size) or given.dtype != dtype:
+            self._given = torch.empty(*size, dtype=dtype, device=device)
+            return self._given
+        if given.is_cuda:  # which is not to be given away while that stream still reads it
+            given.record_stream(torch.cuda.current_stream(given.device))
         return given
 
 

@@ -3,9 +3,9 @@
 Our step is what a run does: the Trainer with `HybridSharding` on one rank, compiled blocks, AdamW, the loss divided by the targets
 of the whole step. Theirs is `LlavaForConditionalGeneration` as transformers' Trainer calls it, on the same sharded blocks, not
 compiled, with the same optimizer; gradients of both are reduced once a step. Weights are random, lengths as in `workloads.py`.
-Micro-batches are the largest that our step leaves room for (7B), or that both do (13B). Where theirs needs more memory than there
+Micro-batches are such that our step fits (7B), or both do (13B), by what `plan` expects. Where theirs needs more memory than there
 is, it is timed with transformers' gradient checkpointing and in as many smaller micro-batches as it needs without, and the quicker
-one is compared. Memory is that of a step beside transformers' tower and the batches of all, which stay on the GPU: less than a GiB.
+one is compared. Memory is that of a step beside transformers' tower and the batches of all, which stay on the GPU.
 
 FLOPs are those of `components.flops` for the samples, whoever computes them; MFU is taken of the bf16 matrix product that the same
 process has timed. `--small --device cpu` goes through the same code on a laptop.
@@ -111,7 +111,7 @@ def main(arguments: list[str]) -> str | None:
     parser.add_argument("--blocks", type=int, default=3, help="Blocks of each step, >= 1.")
     parser.add_argument("--steps", type=int, default=2, help="Steps of a block, >= 1.")
     parser.add_argument("--profile", action="store_true", help="Print where the time of one of our steps goes.")
-    parser.add_argument("--not-compiled", action="store_true", help="Also time our step without compiled blocks.")
+    parser.add_argument("--not-compiled", action="store_true", help="Also time our step without compiled blocks, if that fits.")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.one:
@@ -132,7 +132,12 @@ def main(arguments: list[str]) -> str | None:
         # what is measured is seen even if a later case fails
         print(table(name, COLUMNS, found["rows"]), table("", CHECKS, found["checks"]), *found["profiles"], sep="\n", flush=True)
         card = found["card"]
-    title = f"Training steps on one {card}; torch {torch.__version__}, transformers {transformers.__version__}; random weights."
+    title = (
+        f"Training steps on one {card}; torch {torch.__version__}, transformers {transformers.__version__} (sdpa, padded rows, "
+        f"not compiled); random weights. Seconds: mean of {options.blocks} blocks of {options.steps} steps, in turn. Of peak: of "
+        "the bf16 rate that the GPU's maker states. GiB: of tensors, at most. Ratio: how many times as quick as the quicker step "
+        "of transformers in the block beside, median [least-most]."
+    )
     return table(title, COLUMNS, rows) + "\n" + table("What was checked in the same run:", CHECKS, checks)
 
 

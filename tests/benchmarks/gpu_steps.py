@@ -77,7 +77,7 @@ class Peers:
         loss, gradients = self._loss_and_gradients(lambda: self._ours(longest), nullcontext())
         all_worst = 0.0
         for name, micros, recomputes in self._theirs(kind):
-            expected, theirs = self._loss_and_gradients(partial(self._of_micros, micros[longest]), self._as_theirs(recomputes))
+            expected, theirs = self._loss_and_gradients(partial(self._of_parts, micros[longest]), self._as_theirs(recomputes))
             worst = max(float((gradients[n] - g).norm() / g.norm()) for n, g in theirs.items())
             if not (abs(loss - expected) <= LOSS_LIMIT * expected and worst <= GRADIENT_LIMIT):
                 raise SystemExit(f"{kind}, {name}: loss {expected}, ours {loss}, gradients differ by {worst}: not timed.")
@@ -105,7 +105,7 @@ class Peers:
 
     def _step_of_theirs(self, name: str, micros: list[list[Micro]], recomputes: bool, step: int) -> None:
         with self._as_theirs(recomputes):
-            self._step([partial(self._of_micros, [micro]) for number in self._numbers(step) for micro in micros[number]])
+            self._step([partial(self._of_micro, micro) for number in self._numbers(step) for micro in micros[number]])
 
     def _numbers(self, step: int) -> range:
         """The micro-batches of a step."""
@@ -114,11 +114,14 @@ class Peers:
     def _step(self, backwards: list[Callable[[], Tensor]]) -> None:
         optimizer = self.model.trainer.optimizers[0]
         optimizer.zero_grad(set_to_none=True)  # the Trainer does so only in the next step
-        with self.model.trainer.strategy.block_backward_sync():
-            for backward in backwards[:-1]:
-                backward()
-        backwards[-1]()
+        self._added(backwards)
         optimizer.step()
+
+    def _added(self, backwards: list[Callable[[], Tensor]]) -> Tensor:
+        """The sum of these losses, whose gradients are added up and reduced with the last."""
+        with self.model.trainer.strategy.block_backward_sync():
+            losses = [backward() for backward in backwards[:-1]]
+        return torch.stack([*losses, backwards[-1]()]).sum()
 
     def _ours(self, number: int) -> Tensor:
         """Loss of one of our micro-batches, whose gradients are added to those that are there."""
@@ -127,14 +130,15 @@ class Peers:
         loss.backward()
         return loss.detach() * self.accumulation
 
-    def _of_micros(self, micros: list[Micro]) -> Tensor:
-        """The same of transformers' micro-batches."""
-        total = torch.zeros((), device=self.model.device)
-        for micro in micros:
-            loss = self.model.their_loss(micro.inputs) * (micro.share / self.accumulation)  # type: ignore[operator]
-            loss.backward()
-            total += loss.detach() * self.accumulation
-        return total
+    def _of_micro(self, micro: Micro) -> Tensor:
+        """The same of one of transformers'."""
+        loss = self.model.their_loss(micro.inputs) * (micro.share / self.accumulation)  # type: ignore[operator]
+        loss.backward()
+        return loss.detach() * self.accumulation
+
+    def _of_parts(self, micros: list[Micro]) -> Tensor:
+        """The same of one of ours that is cut into these."""
+        return self._added([partial(self._of_micro, micro) for micro in micros])
 
     def _collated(self, documents: list[Document], parts: int) -> list[Micro]:
         some = [documents[number::parts] for number in range(parts)]

@@ -1,6 +1,7 @@
 """One process that shards nothing: the run as without a strategy, with compiled blocks, and frozen parts in their own precision."""
 
 import os
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -102,6 +103,44 @@ class Counting(Callback):
 def test_gradients_are_copied_in_the_last_micro_batch_alone():
     """FSDP2 copies those of a unit together, and then to itself; with several micro-batches it would do so for each."""
     runs.train(CURVE_RATES, STEPS, accumulate=2, callbacks=[Counting()], strategy=hybrid(1, 1))
+
+
+class EveryMicroBatch(HybridSharding):
+    """Gradients are reduced, and found in their place, after each micro-batch."""
+
+    @contextmanager
+    def block_backward_sync(self):
+        yield
+
+
+class Waiting(Callback):
+    """Number formats of the gradients of all blocks after the first micro-batch of two."""
+
+    def on_after_backward(self, trainer, pl_module):
+        if trainer.fit_loop.epoch_loop.batch_idx % 2 == 0:
+            block = pl_module.decoder.blocks()[0]
+            parameters = block._get_fsdp_state()._fsdp_param_group.fsdp_params
+            self.formats = {parameter.unsharded_accumulated_grad.dtype for parameter in parameters}
+
+
+def test_gradients_wait_in_float32():
+    """The sums are those of gradients that are reduced one by one."""
+    waiting = Waiting()
+    run = runs.train(CURVE_RATES, STEPS, clip=0.3, accumulate=2, callbacks=[waiting], strategy=hybrid(1, 1, param_dtype="bfloat16"))
+    plain = runs.train(CURVE_RATES, STEPS, clip=0.3, accumulate=2, strategy=partial(EveryMicroBatch, 1, 1, "bfloat16"))
+    assert waiting.formats == {torch.float32}
+    assert run.steps == plain.steps
+    assert all(torch.equal(tensor, plain.weights[name]) for name, tensor in run.weights.items())
+
+
+def test_gradients_of_lower_precision_are_added_up_in_their_place():
+    """In which they are float32."""
+    how = {"param_dtype": "bfloat16", "reduce_dtype": "bfloat16"}
+    run, plain = (
+        runs.train(CURVE_RATES, STEPS, accumulate=2, strategy=partial(strategy, 1, 1, **how))
+        for strategy in (HybridSharding, EveryMicroBatch)
+    )
+    assert run.steps == plain.steps
 
 
 def test_frozen_parts_are_held_in_the_precision_that_they_are_used_in():

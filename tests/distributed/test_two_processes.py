@@ -72,12 +72,12 @@ def of_one_process(rates, clip, make=tiny_model):
     return train(RATES[rates], 1, None, 1, clip, make=make)
 
 
-OFTEN = {  # each strategy, each kind of frozen part, with accumulation and clipping and without
+OFTEN = {  # each strategy, each kind of frozen part, with accumulation and clipping
     ("ddp", "all", 2, 0.3),
     ("ddp", "tower_frozen", 2, 0.3),
     ("fsdp", "all", 2, 0.3),
     ("fsdp", "decoder_frozen", 2, 0.3),
-    ("hybrid", "all", 1, None),
+    ("hybrid", "all", 2, 0.3),
 }
 CASES = [(strategy, rates, *options) for rates in RATES for options in ((1, None), (2, 0.3)) for strategy in STRATEGIES]
 
