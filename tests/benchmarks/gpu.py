@@ -134,7 +134,7 @@ def main(arguments: list[str]) -> str | None:
         card = found["card"]
     title = (
         f"Training steps on one {card}; torch {torch.__version__}, transformers {transformers.__version__} (sdpa, padded rows, "
-        f"not compiled); random weights. Seconds: mean of {options.blocks} blocks of {options.steps} steps, in turn. Of peak: of "
+        f"not compiled); random weights. Seconds: mean of {options.blocks} x {options.steps} steps, in turn. Of peak: of "
         "the bf16 rate that the GPU's maker states. GiB: of tensors, at most. Ratio: how many times as quick as the quicker step "
         "of transformers in the block beside, median [least-most]."
     )
