@@ -1,6 +1,6 @@
 """The command itself on two processes: a sharded run trains, validates and saves what a run on one process does.
 
-Two processes come from a fork with what `torchrun` would tell them; from `torchrun` itself, and from the command, in the slow tests.
+Two processes come from a fork with what `torchrun` would tell them; in the slow tests from `torchrun` itself and from the command.
 """
 
 import json
