@@ -127,7 +127,7 @@ def test_the_list_of_floors_names_rooms_that_may_exist_only():
 def git(*arguments: str) -> list[str]:
     """Lines that git prints; a skip outside of a checkout."""
     if not (ROOT / ".git").exists():
-        pytest.skip("not a git checkout")
+        pytest.skip("not a git checkout: which files belong to the project is not known")
     done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
     return done.stdout.splitlines()
 

@@ -120,7 +120,7 @@ def test_an_index_that_cannot_be_written_is_an_error(tmp_path) -> None:
         audit(shards(tmp_path, 3), tmp_path / "index", 2, progress=False)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit of the size of files is Linux's")
 def test_a_full_disk_is_an_error_and_what_is_finished_stays(tmp_path) -> None:
     paths, folder = shards(tmp_path, 3), tmp_path / "index"
     audit(paths[:2], folder, 1, progress=False)
@@ -202,7 +202,7 @@ def children(process: int) -> list[str]:
     return Path(f"/proc/{process}/task/{process}/children").read_text().split()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc, which Linux alone has")
 @pytest.mark.parametrize(
     "end",
     [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
